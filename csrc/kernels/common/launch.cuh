@@ -1,0 +1,33 @@
+#pragma once
+
+#include <cuda_runtime.h>
+
+namespace vllm_b200 {
+
+// Launch with programmatic stream serialization: the grid may become resident
+// while its predecessor drains, so the kernel must call pdl_wait() before it
+// touches anything an earlier kernel may read or write, in every block.
+template <typename... Params, typename... Args>
+cudaError_t launch_pdl(void (*kernel)(Params...), dim3 grid, dim3 block, size_t smem_bytes, cudaStream_t stream,
+                       Args... args) {
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = smem_bytes;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, kernel, Params(args)...);
+}
+
+#ifdef __CUDACC__
+__device__ __forceinline__ void pdl_wait() { cudaGridDependencySynchronize(); }
+
+// Safe at any point of a kernel whose successors wait: it only lets them become resident.
+__device__ __forceinline__ void pdl_trigger() { cudaTriggerProgrammaticLaunchCompletion(); }
+#endif
+
+}  // namespace vllm_b200

@@ -1,0 +1,95 @@
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_fp8.h>
+
+#include <cstdint>
+
+namespace vllm_b200 {
+
+// Sixteen consecutive elements in registers: 32 bytes of a 16-bit type, 64 of fp32.
+constexpr int kChunk = 16;
+
+template <typename T>
+struct Chunk {
+  static constexpr int kWords = kChunk * sizeof(T) / 4;
+  uint32_t word[kWords];
+};
+
+template <typename T, bool kAligned>
+__device__ __forceinline__ void load_chunk(Chunk<T>& chunk, const T* source) {
+  if constexpr (kAligned) {
+    const uint4* vectors = reinterpret_cast<const uint4*>(source);
+#pragma unroll
+    for (int i = 0; i < Chunk<T>::kWords / 4; ++i) {
+      const uint4 v = vectors[i];
+      chunk.word[4 * i] = v.x, chunk.word[4 * i + 1] = v.y, chunk.word[4 * i + 2] = v.z, chunk.word[4 * i + 3] = v.w;
+    }
+  } else if constexpr (sizeof(T) == 4) {
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) chunk.word[i] = reinterpret_cast<const uint32_t*>(source)[i];
+  } else {
+    const uint16_t* halves = reinterpret_cast<const uint16_t*>(source);
+#pragma unroll
+    for (int i = 0; i < kChunk / 2; ++i) chunk.word[i] = halves[2 * i] | uint32_t(halves[2 * i + 1]) << 16;
+  }
+}
+
+// Elements 2*i and 2*i+1 as fp32 (exact).
+template <typename T>
+__device__ __forceinline__ float2 unpack_pair(const Chunk<T>& chunk, int i) {
+  if constexpr (sizeof(T) == 4) {
+    return {__uint_as_float(chunk.word[2 * i]), __uint_as_float(chunk.word[2 * i + 1])};
+  } else if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    return {__uint_as_float(chunk.word[i] << 16), __uint_as_float(chunk.word[i] & 0xffff0000u)};
+  } else {
+    return __half22float2(reinterpret_cast<const __half2&>(chunk.word[i]));
+  }
+}
+
+// Bits of max|x| as fp32. Non-negative floats order like their bits, and NaN
+// above all of them, so a NaN in the chunk survives every maximum that follows.
+template <typename T>
+__device__ __forceinline__ uint32_t absmax_bits(const Chunk<T>& chunk) {
+  if constexpr (sizeof(T) == 4) {
+    uint32_t bits = 0;
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) bits = max(bits, chunk.word[i] & 0x7fffffffu);
+    return bits;
+  } else {
+    using Pair = std::conditional_t<std::is_same_v<T, __nv_bfloat16>, __nv_bfloat162, __half2>;
+    Pair pair = __habs2(reinterpret_cast<const Pair&>(chunk.word[0]));
+#pragma unroll
+    for (int i = 1; i < Chunk<T>::kWords; ++i) {
+      pair = __hmax2_nan(pair, __habs2(reinterpret_cast<const Pair&>(chunk.word[i])));
+    }
+    Chunk<T> one;
+    one.word[0] = reinterpret_cast<const uint32_t&>(pair);
+    const float2 both = unpack_pair(one, 0);
+    return max(__float_as_uint(both.x) & 0x7fffffffu, __float_as_uint(both.y) & 0x7fffffffu);
+  }
+}
+
+// Four fp32 to four bytes, the first in the lowest byte.
+// e4m3: round to nearest even, saturate at 448, NaN to 0x7f.
+__device__ __forceinline__ uint32_t pack_bytes(__nv_fp8_e4m3*, float a, float b, float c, float d) {
+  const uint32_t low = __nv_cvt_float2_to_fp8x2({a, b}, __NV_SATFINITE, __NV_E4M3);
+  const uint32_t high = __nv_cvt_float2_to_fp8x2({c, d}, __NV_SATFINITE, __NV_E4M3);
+  return low | high << 16;
+}
+
+// int8: round toward zero, saturate, NaN to 0.
+__device__ __forceinline__ uint32_t pack_bytes(int8_t*, float a, float b, float c, float d) {
+  uint32_t packed;
+  asm("{\n"
+      ".reg .b32 high;\n"
+      "cvt.pack.sat.s8.s32.b32 high, %1, %2, 0;\n"
+      "cvt.pack.sat.s8.s32.b32 %0, %3, %4, high;\n"
+      "}"
+      : "=r"(packed)
+      : "r"(__float2int_rz(d)), "r"(__float2int_rz(c)), "r"(__float2int_rz(b)), "r"(__float2int_rz(a)));
+  return packed;
+}
+
+}  // namespace vllm_b200
