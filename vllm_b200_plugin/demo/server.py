@@ -1,0 +1,212 @@
+"""Runs `vllm serve` as a child: start, wait, one completion, what its log says, stop."""
+
+import contextlib
+import errno
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from vllm_b200_plugin.environment import CannotRun
+
+HOST = "127.0.0.1"
+MODEL_NAME = "demo"
+
+# Text in vLLM's log -> what the server is doing from then on. The last match counts.
+_STAGES = (
+    ("Initializing a V1 LLM engine", "starting the engine"),
+    ("Starting to load model", "loading the weights"),
+    ("Loading safetensors checkpoint", "loading the weights"),
+    ("Model loading took", "profiling memory"),
+    ("Start compiling", "compiling the model"),
+    ("Dynamo bytecode transform", "compiling the model"),
+    ("Compiling a graph", "compiling the model"),
+    ("torch.compile took", "warming up"),
+    ("Warming up", "warming up"),
+    ("Capturing CUDA graphs", "capturing CUDA graphs"),
+    ("init engine", "starting the HTTP server"),
+    ("Starting vLLM server", "starting the HTTP server"),
+)
+_OURS = "[b200] "
+_THEIRS = re.compile(r"(Selected \S+ for .+|Using .*(?:MoE|attention) backend.*)$", re.IGNORECASE)
+_ERROR = re.compile(r"\b\w*(?:Error|Exception): .*\S")
+_ANSI = re.compile(r"\x1b\[[0-9;]*m")
+
+
+class ServerFailed(Exception):
+    """The server ended, or did not answer. The message is one sentence."""
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        return probe.getsockname()[1]
+
+
+def check_port(port: int) -> None:
+    """Raises CannotRun where a server cannot listen on `port`."""
+    if not 0 < port < 65536:
+        raise CannotRun(f"--port takes a number from 1 to 65535; got {port}.")
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError as error:
+            why = "is in use" if error.errno == errno.EADDRINUSE else f"cannot be used ({error.strerror})"
+            raise CannotRun(f"port {port} {why}: choose another with --port, or leave it out for a free one.") from None
+
+
+def stage(line: str) -> str | None:
+    """What the server does after it logged `line`, where that changes."""
+    return next((doing for text, doing in reversed(_STAGES) if text in line), None)
+
+
+def kernels_chosen(log: Iterable[str]) -> tuple[list[str], list[str]]:
+    """(our lines, vLLM's lines) about the kernels that the engine chose, each once, in the order they came."""
+    ours: dict[str, None] = {}
+    theirs: dict[str, None] = {}
+    for raw in log:
+        line = _ANSI.sub("", raw).strip()
+        if _OURS in line:
+            ours.setdefault(line[line.index(_OURS) :])
+        elif found := _THEIRS.search(line):
+            theirs.setdefault(found.group(1))
+    return list(ours), list(theirs)
+
+
+def first_error(log: Iterable[str]) -> str | None:
+    """The first exception that the log names: vLLM's last one only says that an earlier one happened."""
+    for line in log:
+        if found := _ERROR.search(_ANSI.sub("", line)):
+            return found.group(0)
+    return None
+
+
+class Server:
+    """`vllm serve` in its own process group. Use as a context manager: leaving it stops the whole group."""
+
+    def __init__(self, model: Path, log: Path, port: int, *, eager: bool = False, cpu: bool = False):
+        self.model, self.log, self.port = model, log, port
+        self.url = f"http://{HOST}:{port}"
+        self.process: subprocess.Popen | None = None
+        self._command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model)]
+        self._command += ["--host", HOST, "--port", str(port), "--served-model-name", MODEL_NAME]
+        self._command += ["--max-model-len", "512", "--max-num-batched-tokens", "512", "--max-num-seqs", "8"]
+        if eager:
+            self._command.append("--enforce-eager")
+        if not cpu:
+            self._command += ["--gpu-memory-utilization", "0.2"]
+        self._env = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+        self._env.setdefault("VLLM_LOGGING_LEVEL", "INFO")
+        if cpu:
+            self._env.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+
+    @property
+    def command(self) -> str:
+        """The command as a user would type it."""
+        return " ".join(["vllm", *self._command[3:]])
+
+    def start(self) -> None:
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                self._command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=self._env,
+                cwd=self.log.parent,  # python -m puts the working directory first: never a source tree
+                start_new_session=True,
+            )
+
+    def __enter__(self) -> "Server":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def lines(self) -> list[str]:
+        return self.log.read_text(errors="replace").splitlines() if self.log.exists() else []
+
+    def wait(self, timeout: float, progress: Callable[[float, str], None]) -> float:
+        """Wait until the server answers; seconds that took. Calls progress(seconds, what the server is doing).
+
+        Raises ServerFailed where it ends or `timeout` seconds pass.
+        """
+        assert self.process is not None, "start() first"
+        began = time.monotonic()
+        doing, seen = "importing vLLM", 0
+        while True:
+            lines = self.lines()
+            for line in lines[seen:]:
+                doing = stage(line) or doing
+            seen = len(lines)
+            elapsed = time.monotonic() - began
+            progress(elapsed, doing)
+            if self._exited():
+                raise ServerFailed(f"the server ended while {doing}, with exit code {self.process.wait()}.")
+            if self._healthy():
+                return elapsed
+            if elapsed > timeout:
+                raise ServerFailed(f"the server was not ready after {timeout:.0f} s (it was {doing}); see --timeout.")
+            time.sleep(0.25)
+
+    def complete(self, prompt: str, max_tokens: int = 24, timeout: float = 120) -> str:
+        """One greedy completion through the OpenAI API. Raises ServerFailed."""
+        body = {"model": MODEL_NAME, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True}
+        request = urllib.request.Request(
+            f"{self.url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        try:
+            with _open(request, timeout) as answer:
+                return json.load(answer)["choices"][0]["text"]
+        except urllib.error.HTTPError as error:
+            detail = error.read().decode(errors="replace")[:500]
+            raise ServerFailed(f"the completion failed with HTTP {error.code}: {detail}") from None
+        except (OSError, ValueError, LookupError) as error:
+            raise ServerFailed(f"the completion failed: {error!r}.") from None
+
+    def stop(self, grace: float = 20) -> None:
+        """Ask the server to end, then end whatever of its process group is left."""
+        if self.process is None or self.process.returncode is not None:
+            return
+        group = self.process.pid
+        if not self._exited():
+            self.process.terminate()
+            deadline = time.monotonic() + grace
+            while not self._exited() and time.monotonic() < deadline:
+                time.sleep(0.1)
+        # The leader is not reaped yet, so the number cannot belong to another group.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(group, signal.SIGKILL)
+        self.process.wait()
+        deadline = time.monotonic() + 5
+        with contextlib.suppress(ProcessLookupError):
+            while time.monotonic() < deadline:
+                os.killpg(group, 0)
+                time.sleep(0.05)
+
+    def _exited(self) -> bool:
+        assert self.process is not None
+        if self.process.returncode is not None:
+            return True
+        return os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+    def _healthy(self) -> bool:
+        try:
+            with _open(f"{self.url}/health", 2) as answer:
+                return answer.status == 200
+        except OSError:
+            return False
+
+
+def _open(request: "urllib.request.Request | str", timeout: float):  # type: ignore[no-untyped-def]
+    """Like urlopen, but never through a proxy: the server is on this machine."""
+    return urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=timeout)
