@@ -99,6 +99,14 @@ def torch_is_cpu_only() -> bool:
     return "+cpu" in version
 
 
+def cpu_has_amx() -> bool:
+    """Whether the processor multiplies INT8 tiles, which vLLM's INT8 experts on CPU need."""
+    try:
+        return " amx_int8" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+
+
 def has_entry_point() -> bool:
     """Whether vLLM will find the plugin in this Python."""
     return any(e.name == ENTRY_POINT for e in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP))

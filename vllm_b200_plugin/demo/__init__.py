@@ -13,12 +13,13 @@ from vllm_b200_plugin import environment
 from vllm_b200_plugin.demo import checkpoint
 from vllm_b200_plugin.demo.server import (
     MODEL_NAME,
+    PLUGIN_FAILED,
     Server,
     ServerFailed,
     check_port,
-    first_error,
     free_port,
     kernels_chosen,
+    root_cause,
 )
 from vllm_b200_plugin.environment import CannotRun
 
@@ -63,10 +64,13 @@ def run(options: Options) -> int:
     for line in filter(None, (warning, _excluded(), None if cpu else _library_warning(gpus[0]))):
         print(f"warning: {line}", flush=True)
 
+    bf16_experts = cpu and options.format == "ct-int8" and not environment.cpu_has_amx()
+    if bf16_experts:
+        print("note: vLLM's INT8 experts need a CPU with AMX; here only attention is INT8, the experts stay bfloat16")
     work = Path(tempfile.mkdtemp(prefix="vllm-b200-demo-"))
     model = (options.model_dir or work / "model").absolute()
     try:
-        checkpoint.make(model, options.format)
+        checkpoint.make(model, options.format, bf16_experts=bf16_experts)
     except OSError as error:
         shutil.rmtree(work, ignore_errors=True)
         raise CannotRun(f"the checkpoint cannot be written to {model}: {error.strerror}.") from None
@@ -75,7 +79,7 @@ def run(options: Options) -> int:
     server = Server(model, work / "serve.log", options.port or free_port(), eager=options.eager, cpu=cpu)
     machine = "CPU" if cpu else f"{gpus[0].name} (compute capability {'.'.join(map(str, gpus[0].capability))})"
     previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    done = False
+    done: bool | None = None  # None: interrupted
     try:
         done = _serve(server, options)
         print(
@@ -86,7 +90,7 @@ def run(options: Options) -> int:
         if not (done and options.keep):
             server.stop()
             print("server stopped", flush=True)
-            if done:
+            if done is not False:  # the log stays where it is needed
                 shutil.rmtree(work, ignore_errors=True)
         signal.signal(signal.SIGTERM, previous)
     if done and options.keep:
@@ -110,14 +114,17 @@ def _serve(server: Server, options: Options) -> bool:
         progress.end()
         lines = server.lines()
         print(f"failed      {error}")
-        if cause := first_error(lines):
+        if cause := root_cause(lines):
             print(f"cause       {cause}")
         print(f"last lines of {server.log}:")
         print("\n".join(f"  | {line}" for line in lines[-_LOG_LINES_SHOWN:]))
         return False
     print(f"prompt      {checkpoint.PROMPT!r}")
     print(f"answer      {answer!r} (random weights: the words mean nothing)")
-    ours, theirs = kernels_chosen(server.lines())
+    lines = server.lines()
+    if any(PLUGIN_FAILED in line for line in lines):
+        print(f"warning: vLLM could not load the plugin: {root_cause(lines) or 'see the log'}")
+    ours, theirs = kernels_chosen(lines)
     print("kernels chosen by the plugin")
     print("\n".join(f"  {line}" for line in ours) or "  none for this model; vllm-b200 doctor says what is on")
     print("kernels reported by vLLM")

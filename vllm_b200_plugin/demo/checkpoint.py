@@ -33,9 +33,10 @@ FORMATS = {
 }
 
 
-def make(directory: Path, fmt: str = "fp8", seed: int = 0) -> None:
+def make(directory: Path, fmt: str = "fp8", *, bf16_experts: bool = False, seed: int = 0) -> None:
     """Write config, tokenizer and weights in `fmt`, a key of FORMATS, to `directory`, replacing files of these names.
 
+    bf16_experts: quantise attention only (compressed-tensors formats), where vLLM has no quantised experts.
     The same seed gives the same bf16 weights in every format, before quantisation.
     Raises ValueError for an unknown format, OSError where the directory cannot be written.
     """
@@ -43,11 +44,13 @@ def make(directory: Path, fmt: str = "fp8", seed: int = 0) -> None:
 
     if fmt not in FORMATS:
         raise ValueError(f"format: takes one of {', '.join(FORMATS)}; got {fmt!r}")
+    if bf16_experts and not fmt.startswith("ct-"):
+        raise ValueError(f"bf16_experts: takes a compressed-tensors format; got {fmt!r}")
     directory.mkdir(parents=True, exist_ok=True)
     _write_tokenizer(directory)
-    _write_json(directory / "config.json", _config(fmt))
+    _write_json(directory / "config.json", _config(fmt, bf16_experts))
     _write_json(directory / "generation_config.json", {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0})
-    save_file(_weights(fmt, seed), directory / "model.safetensors", metadata={"format": "pt"})
+    save_file(_weights(fmt, bf16_experts, seed), directory / "model.safetensors", metadata={"format": "pt"})
 
 
 def _write_json(path: Path, content: dict) -> None:
@@ -100,7 +103,7 @@ def _write_tokenizer(directory: Path) -> None:
     )
 
 
-def _config(fmt: str) -> dict:
+def _config(fmt: str, bf16_experts: bool) -> dict:
     config = {
         "architectures": ["Qwen3MoeForCausalLM"],
         "model_type": "qwen3_moe",
@@ -129,6 +132,8 @@ def _config(fmt: str) -> dict:
         "pad_token_id": 0,
     }
     kept = ["lm_head"] + [f"model.layers.{i}.mlp.gate" for i in range(NUM_LAYERS)]
+    if bf16_experts:
+        kept.append(r"re:.*\.mlp\.experts\..*")
     if fmt == "fp8":
         config["quantization_config"] = {
             "quant_method": "fp8",
@@ -173,7 +178,7 @@ def _compressed_tensors(fmt: str, ignore: list[str], weights: dict, activations:
     }
 
 
-def _weights(fmt: str, seed: int) -> "dict[str, torch.Tensor]":
+def _weights(fmt: str, bf16_experts: bool, seed: int) -> "dict[str, torch.Tensor]":
     """All tensors of the checkpoint: [out_features, in_features] weights, and their scales where quantised."""
     import torch
 
@@ -184,7 +189,8 @@ def _weights(fmt: str, seed: int) -> "dict[str, torch.Tensor]":
         return (torch.randn(rows, columns, generator=generator) * columns**-0.5).bfloat16()
 
     def linear(name: str, rows: int, columns: int) -> None:
-        tensors.update(_quantised(name, matrix(rows, columns), fmt))
+        kept = bf16_experts and ".mlp.experts." in name
+        tensors.update(_quantised(name, matrix(rows, columns), "bf16" if kept else fmt))
 
     def norm(name: str, size: int) -> None:
         tensors[f"{name}.weight"] = torch.ones(size, dtype=torch.bfloat16)

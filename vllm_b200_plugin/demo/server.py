@@ -15,7 +15,7 @@ import urllib.request
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from vllm_b200_plugin.environment import CannotRun
+from vllm_b200_plugin.environment import ENTRY_POINT, CannotRun
 
 HOST = "127.0.0.1"
 MODEL_NAME = "demo"
@@ -35,6 +35,7 @@ _STAGES = (
     ("init engine", "starting the HTTP server"),
     ("Starting vLLM server", "starting the HTTP server"),
 )
+PLUGIN_FAILED = f"Failed to load plugin {ENTRY_POINT}"
 _OURS = "[b200] "
 _THEIRS = re.compile(r"(Selected \S+ for .+|Using .*(?:MoE|attention) backend.*)$", re.IGNORECASE)
 _ERROR = re.compile(r"\b\w*(?:Error|Exception): .*\S")
@@ -82,12 +83,12 @@ def kernels_chosen(log: Iterable[str]) -> tuple[list[str], list[str]]:
     return list(ours), list(theirs)
 
 
-def first_error(log: Iterable[str]) -> str | None:
-    """The first exception that the log names: vLLM's last one only says that an earlier one happened."""
-    for line in log:
-        if found := _ERROR.search(_ANSI.sub("", line)):
-            return found.group(0)
-    return None
+def root_cause(log: Iterable[str]) -> str | None:
+    """The last exception in the log that says more than that an earlier one happened."""
+    lines = [_ANSI.sub("", line) for line in log]
+    found = [match.group(0) for line in lines if "WARNING" not in line and (match := _ERROR.search(line))]
+    telling = [text for text in found if "initialization failed" not in text]
+    return next(reversed(telling or found), None)
 
 
 class Server:
@@ -150,8 +151,8 @@ class Server:
             seen = len(lines)
             elapsed = time.monotonic() - began
             progress(elapsed, doing)
-            if self._exited():
-                raise ServerFailed(f"the server ended while {doing}, with exit code {self.process.wait()}.")
+            if (code := self._exit_code()) is not None:
+                raise ServerFailed(f"the server ended while {doing}, with exit code {code}.")
             if self._healthy():
                 return elapsed
             if elapsed > timeout:
@@ -178,10 +179,10 @@ class Server:
         if self.process is None or self.process.returncode is not None:
             return
         group = self.process.pid
-        if not self._exited():
+        if self._exit_code() is None:
             self.process.terminate()
             deadline = time.monotonic() + grace
-            while not self._exited() and time.monotonic() < deadline:
+            while self._exit_code() is None and time.monotonic() < deadline:
                 time.sleep(0.1)
         # The leader is not reaped yet, so the number cannot belong to another group.
         with contextlib.suppress(ProcessLookupError):
@@ -193,11 +194,13 @@ class Server:
                 os.killpg(group, 0)
                 time.sleep(0.05)
 
-    def _exited(self) -> bool:
+    def _exit_code(self) -> int | None:
+        """Of the server, or None while it runs. Leaves it to stop() to reap, which needs its group number."""
         assert self.process is not None
-        if self.process.returncode is not None:
-            return True
-        return os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+        ended = os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        if ended is None:
+            return None
+        return ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
 
     def _healthy(self) -> bool:
         try:

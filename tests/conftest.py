@@ -1,0 +1,35 @@
+"""Skips GPU tests, with the reason, where they cannot run."""
+
+import functools
+import os
+
+import pytest
+
+# No test may look for a model on a hub.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+
+
+@functools.cache
+def _why_no_gpu_tests() -> str:
+    """Empty where GPU tests can run."""
+    import torch
+
+    from vllm_b200_plugin.ops import _library
+
+    if not torch.cuda.is_available():
+        return "no NVIDIA GPU, or a CPU build of torch"
+    status = _library.status()
+    if not status.loaded:
+        return status.reason
+    capability = torch.cuda.get_device_capability()
+    if not status.covers(capability):
+        return f"the CUDA library is built for {', '.join(status.archs)}, not for compute capability {capability}"
+    return ""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if marked and (reason := _why_no_gpu_tests()):
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason=reason))
