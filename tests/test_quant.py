@@ -209,6 +209,16 @@ def test_cuda_division_is_exact_for_all_mantissas(
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [E4M3, torch.int8])
+def test_cuda_scale_is_exact_for_all_fp32_mantissas(dtype: torch.dtype) -> None:
+    maximum = (torch.arange(1 << 23, dtype=torch.int32) + 0x3F800000).view(torch.float32)
+    x = torch.zeros(1 << 13, 32 << 10, device="cuda")
+    x[:, ::32] = maximum.view(1 << 13, -1).cuda()
+    _, scale = per_token_group_quant(x, 32, dtype)
+    assert torch.equal(scale.cpu().flatten(), maximum / QUANT_MAX[dtype])
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("layout", [ScaleLayout.ROW, ScaleLayout.COLUMN_TMA, ScaleLayout.PACKED_UE8M0])
 def test_cuda_past_2_to_the_31_elements(layout: ScaleLayout) -> None:
     num_tokens, hidden_size = 300_001, 7168

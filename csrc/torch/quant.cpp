@@ -42,13 +42,13 @@ void per_token_group_quant(const Tensor& x, Tensor q, Tensor scale, int64_t grou
                   "q: takes the shape of x");
   STD_TORCH_CHECK(scale.size(-1) == columns && scale.size(-2) == rows && (dim == 2 || scale.size(0) == batches),
                   "scale: takes ", rows, " rows of ", columns, " columns");
-  STD_TORCH_CHECK(hidden_size == 0 || (x.stride(-1) == 1 && q.stride(-1) == 1), "x and q: take a last stride of 1");
+  STD_TORCH_CHECK(x.numel() == 0 || (x.stride(-1) == 1 && q.stride(-1) == 1), "x and q: take a last stride of 1");
+  if (x.numel() == 0) return;
   STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(q.data_ptr()) % 16 == 0 && (rows < 2 || q.stride(-2) % 16 == 0) &&
                       (batches < 2 || q.stride(0) % 16 == 0),
                   "q: takes rows that start at a multiple of 16 bytes");
   STD_TORCH_CHECK(x.get_device_index() == q.get_device_index() && x.get_device_index() == scale.get_device_index(),
                   "x, q and scale: take one device");
-  if (x.numel() == 0) return;
 
   // Column-major scales may have room for more rows than there are: what TMA
   // reads as padding is written, too.

@@ -21,6 +21,7 @@ import enum
 
 import torch
 
+from vllm_b200_plugin.ops import _library
 from vllm_b200_plugin.ops._library import torch_library
 
 GROUP_SIZES = (32, 64, 128)
@@ -182,3 +183,6 @@ def _zero_padding_rows(scale: torch.Tensor) -> None:
             offset = (offset.unsqueeze(-1) + torch.arange(scale.shape[dim]) * scale.stride(dim)).flatten()
     room = scale.untyped_storage().nbytes() // scale.element_size() - scale.storage_offset()
     scale.as_strided((room,), (1,))[offset[offset < room]] = 0
+
+
+_library.status()

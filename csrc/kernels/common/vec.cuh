@@ -59,13 +59,16 @@ __device__ __forceinline__ uint32_t absmax_bits(const Chunk<T>& chunk) {
     return bits;
   } else {
     using Pair = std::conditional_t<std::is_same_v<T, __nv_bfloat16>, __nv_bfloat162, __half2>;
-    Pair pair = __habs2(reinterpret_cast<const Pair&>(chunk.word[0]));
+    Pair pair[Chunk<T>::kWords];
 #pragma unroll
-    for (int i = 1; i < Chunk<T>::kWords; ++i) {
-      pair = __hmax2_nan(pair, __habs2(reinterpret_cast<const Pair&>(chunk.word[i])));
+    for (int i = 0; i < Chunk<T>::kWords; ++i) pair[i] = __habs2(reinterpret_cast<const Pair&>(chunk.word[i]));
+#pragma unroll
+    for (int half = Chunk<T>::kWords / 2; half > 0; half /= 2) {
+#pragma unroll
+      for (int i = 0; i < half; ++i) pair[i] = __hmax2_nan(pair[i], pair[i + half]);
     }
     Chunk<T> one;
-    one.word[0] = reinterpret_cast<const uint32_t&>(pair);
+    one.word[0] = reinterpret_cast<const uint32_t&>(pair[0]);
     const float2 both = unpack_pair(one, 0);
     return max(__float_as_uint(both.x) & 0x7fffffffu, __float_as_uint(both.y) & 0x7fffffffu);
   }

@@ -7,18 +7,18 @@
 
 // A warp takes kRows rows by 512 columns; a lane takes 16 consecutive columns
 // of each row, so group_size / 16 lanes share a group and everything between
-// the load and the store stays in registers. kRows = 4 keeps eight 16-byte
-// loads of a lane in flight and writes column-major scales 16 bytes at a time;
-// kRows = 1 spreads few rows over many SMs.
+// the load and the store stays in registers. kRows = 2 keeps more loads in
+// flight; kRows = 1 spreads few rows over many SMs.
 
 namespace vllm_b200 {
 namespace {
 
+constexpr int kWarps = 4;
 constexpr int kWarpColumns = 32 * kChunk;
 constexpr uint32_t kFullWarp = 0xffffffffu;
 
 template <typename Out>
-constexpr float kQuantMax = std::is_same_v<Out, int8_t> ? 127.0f : 448.0f;
+constexpr int kQuantMax = std::is_same_v<Out, int8_t> ? 127 : 448;
 
 // The smallest power of two not below y; Inf and NaN stay what they are.
 __device__ __forceinline__ float round_up_to_pow2(float y) {
@@ -26,34 +26,47 @@ __device__ __forceinline__ float round_up_to_pow2(float y) {
   return bits >= 0x7f800000u ? y : __uint_as_float((bits + 0x7fffffu) & 0x7f800000u);
 }
 
-// x / y correctly rounded, from the correctly rounded reciprocal of y: one
-// residual step, as in Markstein, "IA-64 and Elementary Functions", section 8.
+// a / kDivisor correctly rounded: one residual step (Markstein, "IA-64 and
+// Elementary Functions", section 8). Right for every fp32 mantissa under 448 and
+// 127, and for Inf and NaN; tests/test_quant.py goes through all of them.
+template <int kDivisor>
+__device__ __forceinline__ float divide_by(float a) {
+  constexpr float kReciprocal = 1.0f / kDivisor;
+  const float estimate = a * kReciprocal;
+  const float quotient = fmaf(fmaf(-estimate, kDivisor, a), kReciprocal, estimate);
+  return __float_as_uint(a) < 0x7f800000u ? quotient : a;
+}
+
+// x / y for x of 11 significant bits at most, as x * high + x * low with high +
+// low = 1 / y to some 47 bits: rounded once, so equal to the true quotient
+// wherever that decides about the 8-bit result (tests/test_quant.py goes
+// through all pairs). low >= 0 keeps the sign of -0.
 struct Divisor {
-  float y, reciprocal;
+  float high, low;
 
-  // y >= 1e-20 / 448. x / Inf is 0 for finite x and NaN for Inf: with y = 0 the residual of the product is x itself.
-  __device__ explicit Divisor(float scale) {
-    y = isinf(scale) ? 0.0f : scale;
-    reciprocal = __frcp_rn(scale);
+  __device__ explicit Divisor(float y) {
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(high) : "f"(y));
+    if (fmaf(-high, y, 1.0f) < 0.0f) high = __uint_as_float(__float_as_uint(high) - 1);
+    low = fmaf(-high, y, 1.0f) * high;
+    if (isinf(y)) low = 0.0f;
   }
-
-  __device__ float operator()(float x) const {
-    const float estimate = x * reciprocal;
-    const float quotient = fmaf(fmaf(-estimate, y, x), reciprocal, estimate);
-    return copysignf(quotient, x);  // -0 / y is -0, which the residual step loses
-  }
+  __device__ float operator()(float x) const { return fmaf(x, high, x * low); }
 };
 
-// fp32 operands leave too few spare bits for one step: the full division.
+// fp32 operands leave no spare bits: the full division.
 struct ExactDivisor {
   float y;
-  __device__ explicit ExactDivisor(float scale) : y(scale) {}
+  __device__ explicit ExactDivisor(float scale) { y = scale; }
   __device__ float operator()(float x) const { return __fdiv_rn(x, y); }
 };
 
 struct PowerOfTwoDivisor {
   float reciprocal;
-  __device__ explicit PowerOfTwoDivisor(float scale) { reciprocal = __frcp_rn(scale); }
+
+  __device__ explicit PowerOfTwoDivisor(float y) {
+    const uint32_t bits = __float_as_uint(y);
+    reciprocal = bits < 0x7f800000u ? __uint_as_float(0x7f000000u - bits) : isinf(y) ? 0.0f : y;
+  }
   __device__ float operator()(float x) const { return x * reciprocal; }
 };
 
@@ -77,8 +90,7 @@ __device__ __forceinline__ float group_scale(uint32_t bits, float eps) {
   for (int lanes = kGroupSize / kChunk / 2; lanes > 0; lanes /= 2) {
     bits = max(bits, __shfl_xor_sync(kFullWarp, bits, lanes));
   }
-  const float amax = __uint_as_float(max(bits, __float_as_uint(eps)));
-  float scale = __fdiv_rn(amax, kQuantMax<Out>);
+  float scale = divide_by<kQuantMax<Out>>(__uint_as_float(max(bits, __float_as_uint(eps))));
   if constexpr (kPow2) {
     // vLLM's floor for power-of-two scales; a NaN has to pass it.
     scale = round_up_to_pow2(__uint_as_float(max(__float_as_uint(scale), __float_as_uint(1e-10f))));
@@ -86,86 +98,108 @@ __device__ __forceinline__ float group_scale(uint32_t bits, float eps) {
   return scale;
 }
 
-// Store value[i] at (row + i, column) for the rows that exist, padding included.
+// Where a lane's part of one tile lies.
+template <typename In, typename Out>
+struct Tile {
+  const In* x;
+  Out* q;
+  uint32_t* scale;
+  int64_t room;  // elements of scale up to the end of its storage
+
+  __device__ __forceinline__ Tile(const GroupQuantParams& p, int64_t batch, int64_t row, int column, int scale_column) {
+    x = static_cast<const In*>(p.x) + batch * p.x_stride_batch + row * p.x_stride_row + column;
+    q = static_cast<Out*>(p.q) + batch * p.q_stride_batch + row * p.q_stride_row + column;
+    const int64_t offset =
+        batch * p.scale_stride_batch + row * p.scale_stride_row + scale_column * p.scale_stride_column;
+    scale = static_cast<uint32_t*>(p.scale) + offset;
+    room = p.scale_capacity - offset;
+  }
+};
+
+// Store the scales of kRows rows, padding rows included, as far as they exist.
 template <int kRows>
-__device__ __forceinline__ void store_scales(const GroupQuantParams& p, int64_t batch, int64_t row, int column,
-                                             const uint32_t (&value)[kRows]) {
-  const int64_t offset = batch * p.scale_stride_batch + row * p.scale_stride_row + column * p.scale_stride_column;
-  uint32_t* destination = static_cast<uint32_t*>(p.scale) + offset;
-  if constexpr (kRows == 4) {
-    const bool whole = row + kRows <= p.padded_rows && offset + kRows <= p.scale_capacity;
-    if (whole && p.scale_stride_row == 1 && (reinterpret_cast<uintptr_t>(destination) & 15) == 0) {
-      *reinterpret_cast<uint4*>(destination) = make_uint4(value[0], value[1], value[2], value[3]);
+__device__ __forceinline__ void store_scales(const GroupQuantParams& p, uint32_t* scale, int64_t room, int64_t row,
+                                             const uint32_t (&word)[kRows]) {
+  if constexpr (kRows == 2) {
+    const bool pair = row + 2 <= p.padded_rows && 2 <= room && p.scale_stride_row == 1;
+    if (pair && reinterpret_cast<uintptr_t>(scale) % 8 == 0) {
+      *reinterpret_cast<uint2*>(scale) = make_uint2(word[0], word[1]);
       return;
     }
   }
 #pragma unroll
   for (int i = 0; i < kRows; ++i) {
-    if (row + i < p.padded_rows && offset + i * p.scale_stride_row < p.scale_capacity) {
-      destination[i * p.scale_stride_row] = value[i];
-    }
+    if (row + i < p.padded_rows && i * p.scale_stride_row < room) scale[i * p.scale_stride_row] = word[i];
   }
 }
 
 template <typename In, typename Out, int kGroupSize, ScaleType kScale, int kRows, bool kAligned>
-__global__ void __launch_bounds__(128) group_quant_kernel(const __grid_constant__ GroupQuantParams p) {
+__global__ void __launch_bounds__(32 * kWarps) group_quant_kernel(const __grid_constant__ GroupQuantParams p) {
   static_assert(kGroupSize % kChunk == 0 && kGroupSize <= 128);
   constexpr bool kPow2 = kScale != ScaleType::kFloat;
   constexpr bool kPacked = kScale == ScaleType::kPackedUE8M0;
   constexpr int kLanesPerGroup = kGroupSize / kChunk;
-  constexpr int kLanesPerColumn = kPacked ? 4 * kLanesPerGroup : kLanesPerGroup;
+  constexpr int kLanesPerScale = kPacked ? 4 * kLanesPerGroup : kLanesPerGroup;
   using Divide = std::conditional_t<kPow2, PowerOfTwoDivisor, std::conditional_t<sizeof(In) == 4, ExactDivisor, Divisor>>;
 
   pdl_trigger();
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int lane = threadIdx.x % 32;
   const int column = blockIdx.x * kWarpColumns + lane * kChunk;
+  const int scale_column = column / (kChunk * kLanesPerScale);
   const bool in_row = column < p.hidden_size;
-  const int64_t rows_per_block = static_cast<int64_t>(blockDim.x / 32) * kRows;
+  constexpr int kRowsPerBlock = kWarps * kRows;
+  int64_t batch = blockIdx.z;
+  const int64_t first_row = static_cast<int64_t>(blockIdx.y) * kRowsPerBlock + threadIdx.x / 32 * kRows;
+  int64_t row = first_row;
+
+  // The addresses before the wait: reading the launch's parameters takes as long as the work.
+  Tile<In, Out> tile(p, batch, row, column, scale_column);
+  asm volatile("" ::"l"(tile.x), "l"(tile.q), "l"(tile.scale), "l"(tile.room), "l"(p.rows), "f"(p.eps));
   pdl_wait();
 
-  for (int64_t batch = blockIdx.z; batch < p.batches; batch += gridDim.z) {
-    for (int64_t row = blockIdx.y * rows_per_block + warp * kRows; row < p.padded_rows;
-         row += gridDim.y * rows_per_block) {
-      const In* x = static_cast<const In*>(p.x) + batch * p.x_stride_batch + row * p.x_stride_row + column;
-      Out* q = static_cast<Out*>(p.q) + batch * p.q_stride_batch + row * p.q_stride_row + column;
-
-      Chunk<In> chunk[kRows];
+  while (row < p.padded_rows) {
+    Chunk<In> chunk[kRows];
 #pragma unroll
-      for (int i = 0; i < kRows; ++i) {
-        chunk[i] = {};
-        if (in_row && row + i < p.rows) load_chunk<In, kAligned>(chunk[i], x + i * p.x_stride_row);
-      }
+    for (int i = 0; i < kRows; ++i) {
+      chunk[i] = {};
+      if (in_row && row + i < p.rows) load_chunk<In, kAligned>(chunk[i], tile.x + i * p.x_stride_row);
+    }
 
-      uint32_t scale_word[kRows];
+    uint32_t scale_word[kRows];
 #pragma unroll
-      for (int i = 0; i < kRows; ++i) {
-        const bool valid = in_row && row + i < p.rows;
-        const float scale = group_scale<Out, kGroupSize, kPow2>(absmax_bits(chunk[i]), p.eps);
-        if (valid) quantize_chunk<In, Out, Divide>(chunk[i], scale, q + i * p.q_stride_row);
-        if constexpr (kPacked) {
-          // Biased exponent; Inf and NaN both become 255, which is NaN in UE8M0.
-          uint32_t word = valid ? (__float_as_uint(scale) & 0x7fffffffu) >> 23 << (lane / kLanesPerGroup % 4 * 8) : 0;
-          word |= __shfl_xor_sync(kFullWarp, word, kLanesPerGroup);
-          word |= __shfl_xor_sync(kFullWarp, word, 2 * kLanesPerGroup);
-          scale_word[i] = word;
-        } else {
-          scale_word[i] = valid ? __float_as_uint(scale) : 0;
-        }
-      }
-      if (in_row && lane % kLanesPerColumn == 0) {
-        store_scales<kRows>(p, batch, row, column / kChunk / kLanesPerColumn, scale_word);
+    for (int i = 0; i < kRows; ++i) {
+      const bool valid = in_row && row + i < p.rows;
+      const float scale = group_scale<Out, kGroupSize, kPow2>(absmax_bits(chunk[i]), p.eps);
+      if (valid) quantize_chunk<In, Out, Divide>(chunk[i], scale, tile.q + i * p.q_stride_row);
+      scale_word[i] = valid ? __float_as_uint(scale) : 0;
+      if constexpr (kPacked) {
+        // Biased exponents; Inf and NaN both become 255, which is NaN in UE8M0.
+        uint32_t word = (scale_word[i] & 0x7fffffffu) >> 23 << (lane / kLanesPerGroup % 4 * 8);
+        word |= __shfl_xor_sync(kFullWarp, word, kLanesPerGroup);
+        word |= __shfl_xor_sync(kFullWarp, word, 2 * kLanesPerGroup);
+        scale_word[i] = word;
       }
     }
+    if (in_row && lane % kLanesPerScale == 0) store_scales<kRows>(p, tile.scale, tile.room, row, scale_word);
+
+    // More tiles only where the grid's limit of 65535 blocks cuts it.
+    row += static_cast<int64_t>(gridDim.y) * kRowsPerBlock;
+    if (row >= p.padded_rows) {
+      batch += gridDim.z;
+      if (batch >= p.batches) break;
+      row = first_row;
+    }
+    tile = Tile<In, Out>(p, batch, row, column, scale_column);
   }
 }
 
 template <typename In, typename Out, int kGroupSize, ScaleType kScale, int kRows, bool kAligned>
-cudaError_t launch(const GroupQuantParams& p, int warps, cudaStream_t stream) {
+cudaError_t launch(const GroupQuantParams& p, cudaStream_t stream) {
   constexpr int64_t kMaxGridYZ = 65535;
-  const int64_t row_blocks = (p.padded_rows + warps * kRows - 1) / (warps * kRows);
+  const int64_t row_blocks = (p.padded_rows + kWarps * kRows - 1) / (kWarps * kRows);
   const dim3 grid((p.hidden_size + kWarpColumns - 1) / kWarpColumns, std::min(row_blocks, kMaxGridYZ),
                   std::min(p.batches, kMaxGridYZ));
-  return launch_pdl(group_quant_kernel<In, Out, kGroupSize, kScale, kRows, kAligned>, grid, dim3(32 * warps), 0,
+  return launch_pdl(group_quant_kernel<In, Out, kGroupSize, kScale, kRows, kAligned>, grid, dim3(32 * kWarps), 0,
                     stream, p);
 }
 
@@ -174,12 +208,14 @@ cudaError_t choose_shape(const GroupQuantParams& p, cudaStream_t stream) {
   constexpr int64_t kVector = 16 / sizeof(In);
   const bool aligned = reinterpret_cast<uintptr_t>(p.x) % 16 == 0 && p.x_stride_row % kVector == 0 &&
                        (p.batches == 1 || p.x_stride_batch % kVector == 0);
-  if (!aligned) return launch<In, Out, kGroupSize, kScale, 1, false>(p, 4, stream);
+  if (!aligned) return launch<In, Out, kGroupSize, kScale, 1, false>(p, stream);
 
   const int64_t column_blocks = (p.hidden_size + kWarpColumns - 1) / kWarpColumns;
   const int64_t row_warps = p.batches * p.padded_rows * column_blocks;
-  if (row_warps <= 2048) return launch<In, Out, kGroupSize, kScale, 1, true>(p, 1, stream);
-  return launch<In, Out, kGroupSize, kScale, 4, true>(p, 4, stream);
+  // Measured on an H200: below some 4096 warps one row each spreads the loads
+  // best, above it two rows keep more of them in flight.
+  return row_warps <= 4096 ? launch<In, Out, kGroupSize, kScale, 1, true>(p, stream)
+                           : launch<In, Out, kGroupSize, kScale, 2, true>(p, stream);
 }
 
 template <typename In, typename Out, int kGroupSize>
