@@ -30,11 +30,11 @@ find_links=${PIP_FIND_LINKS:-$(pip_setting find-links)}
 if [[ -n $find_links && -z ${UV_FIND_LINKS:-} ]]; then export UV_FIND_LINKS=${find_links// /,}; fi
 uv_install() { "$venv/bin/uv" pip install --quiet --python "$py" "$@"; }
 
-gpu_arch() {  # first GPU's architecture as VLLM_B200_CUDA_ARCHS takes it, or nothing
+gpu_arch() {  # the first GPU as VLLM_B200_CUDA_ARCHS names it, or none
     local capability
     capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1) || return 0
     capability=${capability//[!0-9]/}
-    case $capability in 90|100|103|120) echo "${capability}a" ;; esac
+    case $capability in 90|100|103|120) echo "${capability}a" ;; *) echo none ;; esac
 }
 
 if nvidia-smi >/dev/null 2>&1; then
