@@ -98,6 +98,7 @@ class Server:
         self.model, self.log, self.port = model, log, port
         self.url = f"http://{HOST}:{port}"
         self.process: subprocess.Popen | None = None
+        self._ready = False
         self._command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model)]
         self._command += ["--host", HOST, "--port", str(port), "--served-model-name", MODEL_NAME]
         self._command += ["--max-model-len", "512", "--max-num-batched-tokens", "512", "--max-num-seqs", "8"]
@@ -154,6 +155,7 @@ class Server:
             if (code := self._exit_code()) is not None:
                 raise ServerFailed(f"the server ended while {doing}, with exit code {code}.")
             if self._healthy():
+                self._ready = True
                 return elapsed
             if elapsed > timeout:
                 raise ServerFailed(f"the server was not ready after {timeout:.0f} s (it was {doing}); see --timeout.")
@@ -174,8 +176,13 @@ class Server:
         except (OSError, ValueError, LookupError) as error:
             raise ServerFailed(f"the completion failed: {error!r}.") from None
 
-    def stop(self, grace: float = 20) -> None:
-        """Ask the server to end, then end whatever of its process group is left."""
+    def stop(self, grace: float | None = None) -> None:
+        """Ask the server to end, and after `grace` seconds end whatever of its process group is left.
+
+        A server that is starting does not listen, so it gets 4 s by default, a ready one 20 s.
+        """
+        if grace is None:
+            grace = 20 if self._ready else 4
         if self.process is None or self.process.returncode is not None:
             return
         group = self.process.pid
