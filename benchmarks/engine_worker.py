@@ -1,0 +1,90 @@
+"""One vLLM engine with dummy weights in a process of its own, driven by JSON lines on stdin.
+
+Commands: {"batch": 8, "rounds": 3} measures, {"profile": 1, "steps": 16} lists the kernels of a decode step. Every
+answer is one JSON line on the file descriptor given as the first argument, so that logs cannot mix with it.
+"""
+
+import collections
+import json
+import os
+import sys
+import time
+from typing import Any
+
+DECODE_STEPS = 128
+
+
+class Worker:
+    def __init__(self, model: str, options: dict[str, Any]) -> None:
+        import torch
+        from vllm import LLM
+
+        self.torch = torch
+        start = time.perf_counter()
+        self.input_len = options.pop("input_len")
+        self.llm = LLM(
+            model=model,
+            load_format="dummy",
+            skip_tokenizer_init=True,
+            enable_prefix_caching=False,
+            seed=0,
+            **options,
+        )
+        self.startup_s = time.perf_counter() - start
+
+    def generate(self, batch: int, tokens: int) -> float:
+        """Seconds to generate `tokens` tokens greedily for `batch` prompts of random tokens."""
+        from vllm import SamplingParams
+
+        generator = self.torch.Generator().manual_seed(batch)
+        prompts = self.torch.randint(10, 30000, (batch, self.input_len), generator=generator).tolist()
+        parameters = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+        self.torch.cuda.synchronize()
+        start = time.perf_counter()
+        self.llm.generate([{"prompt_token_ids": p} for p in prompts], parameters, use_tqdm=False)
+        self.torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    def measure(self, batch: int, rounds: int) -> dict[str, Any]:
+        self.generate(batch, 8)
+        first, many = [], []
+        for _ in range(rounds):
+            first.append(self.generate(batch, 1))
+            many.append(self.generate(batch, 1 + DECODE_STEPS))
+        tpot = [(m - f) / DECODE_STEPS * 1e3 for f, m in zip(first, many, strict=True)]
+        return {"batch": batch, "tpot_ms": tpot, "ttft_ms": [f * 1e3 for f in first]}
+
+    def profile(self, batch: int, steps: int) -> dict[str, Any]:
+        """Microseconds and launches per decode step and kernel: a run of 2 * steps less one of steps tokens."""
+        totals: collections.Counter[str] = collections.Counter()
+        launches: collections.Counter[str] = collections.Counter()
+        for sign, tokens in ((1, 2 * steps), (-1, steps)):
+            with self.torch.profiler.profile(activities=[self.torch.profiler.ProfilerActivity.CUDA]) as profile:
+                self.generate(batch, tokens)
+            for event in profile.events():
+                if event.device_type == self.torch.autograd.DeviceType.CUDA:
+                    totals[event.name] += sign * event.device_time
+                    launches[event.name] += sign
+        kernels = [
+            {"kernel": name, "us": us / steps, "launches": launches[name] / steps}
+            for name, us in totals.most_common()
+            if launches[name] > 0
+        ]
+        return {"batch": batch, "kernels": kernels}
+
+
+def main() -> None:
+    answers = os.fdopen(int(sys.argv[1]), "w", buffering=1)
+    worker = Worker(sys.argv[2], json.loads(sys.argv[3]))
+    print(json.dumps({"startup_s": worker.startup_s}), file=answers)
+    for line in sys.stdin:
+        command = json.loads(line)
+        if "profile" in command:
+            answer = worker.profile(command["profile"], command["steps"])
+        else:
+            answer = worker.measure(command["batch"], command["rounds"])
+        print(json.dumps(answer), file=answers)
+
+
+if __name__ == "__main__":
+    main()
