@@ -1,108 +1,114 @@
-"""Time every implementation of an op, side by side: python -m benchmarks.kernels [op ...] [--out FILE]."""
+"""Time every implementation of an op, side by side: python -m benchmarks.kernels [op ...]."""
 
 import argparse
-import gc
 import json
+import shutil
 import sys
-from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
 import torch
 
+from benchmarks import families
+from benchmarks.ceilings import measure_ceilings
+from benchmarks.compare import explain_slower, read_record, slower
 from benchmarks.environment import environment
-from benchmarks.families import Missing, group_quant
-from benchmarks.timing import HOT_SETS, capture, num_sets, time_graphs
+from benchmarks.families import group_quant
+from benchmarks.report import write_report
+from benchmarks.runner import run_case
 
-FAMILIES: dict[str, ModuleType] = {group_quant.OP: group_quant}
-COPY_BYTES = 1 << 30
+FAMILIES: dict[str, ModuleType] = {family.OP: family for family in (group_quant,)}
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels", description=__doc__)
-    parser.add_argument("ops", nargs="*", metavar="op", help=f"of {', '.join(FAMILIES)}; all when left out")
-    parser.add_argument("--out", help="write JSON lines to this file")
-    parser.add_argument("--only", default="", help="run the cases whose name contains this")
-    arguments = parser.parse_args()
-    unknown = set(arguments.ops) - set(FAMILIES)
-    if unknown:
-        parser.error(f"unknown op {', '.join(sorted(unknown))}; known: {', '.join(FAMILIES)}")
-    if not torch.cuda.is_available():
-        print("no CUDA GPU: kernels are timed on one", file=sys.stderr)
+def main(argv: list[str] | None = None) -> int:
+    parser, arguments = parse_arguments(argv)
+    known_peers = sorted({name for family in FAMILIES.values() for name in family.IMPLEMENTATIONS})
+    for what, given, known in (("op", arguments.ops, list(FAMILIES)), ("peer", arguments.peers, known_peers)):
+        if unknown := sorted(set(given or ()) - set(known)):
+            parser.error(f"unknown {what} {', '.join(unknown)}; known: {', '.join(known)}")
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        print("no CUDA GPU here: kernels are timed on one; --device cpu runs the references", file=sys.stderr)
         return 2
-    env = environment() | {"copy_gbs": round(copy_gbs(), 1)}
-    lines = [{"env": env}]
-    print(json.dumps(env, indent=1))
+    families.device = torch.device(arguments.device)
+
+    chosen = [FAMILIES[op] for op in arguments.ops or FAMILIES]
+    every = [(family, case) for family in chosen for case in family.cases()]
+    work = [(family, case) for family, case in every if arguments.only in str(case)][: arguments.limit]
+    if not work:
+        names = "\n".join(f"  {family.OP} {case}" for family, case in every)
+        parser.error(f"no case contains {arguments.only!r}; known:\n{names}")
     try:
-        for op in arguments.ops or FAMILIES:
-            for case in FAMILIES[op].cases():
-                if arguments.only in str(case):
-                    for row in run_case(FAMILIES[op], case, env["copy_gbs"]):
-                        lines.append(row)
-                        print(show(row), flush=True)
-    except KeyboardInterrupt:
-        print("interrupted: what was measured is kept", file=sys.stderr)
+        old = read_record(arguments.compare)[1] if arguments.compare else []
+    except (OSError, ValueError) as error:
+        parser.error(f"--compare: {error}")
+
+    env = environment() | measure_ceilings()
+    print(json.dumps(env, indent=1))
+    rows = measure(work, env["copy_gbs"], set(arguments.peers or ()) | {"ours"} if arguments.peers else None)
     if arguments.out:
         with open(arguments.out, "w") as file:
-            file.writelines(json.dumps(line) + "\n" for line in lines)
-    return 0 if all(row.get("correct", True) for row in lines[1:]) else 1
+            file.writelines(json.dumps(line) + "\n" for line in [{"env": env}, *rows])
+    if arguments.report:
+        write_report(arguments.report, env, rows)
+    regressions = slower(old, rows)
+    if arguments.compare:
+        print(explain_slower(regressions))
+    wrong = [row for row in rows if not row.get("correct", True)]
+    return 1 if regressions or wrong else 0
 
 
-def run_case(family: ModuleType, case: Any, ceiling_gbs: float) -> Iterator[dict[str, Any]]:
-    """One row for each implementation, the missing and the wrong ones included."""
-    base = {"op": family.OP, "case": str(case), **family.record(case)}
-    sets = num_sets(base["bytes"])
-    base["l2"] = "hot" if sets == HOT_SETS else "cold"
+def measure(work: list[tuple[ModuleType, Any]], ceiling_gbs: float, peers: set[str] | None) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
-    graphs, runs = {}, {}
-    for name, make in family.IMPLEMENTATIONS.items():
-        row = {**base, "impl": name}
-        rows.append(row)
-        try:
-            runs[name] = [make(case, seed) for seed in range(sets)]
-        except Missing as reason:
-            row["missing"] = str(reason)
-            continue
-        runs[name][0].poison()
-        runs[name][0].call()
-        row["correct"], details = family.check(case, 0, runs[name][0].outputs)
-        row |= details
-        if row["correct"]:
-            graphs[name] = capture([run.call for run in runs[name]])
-    timings = time_graphs(graphs, sets)
-    for row in rows:
-        if timing := timings.get(row["impl"]):
-            peers = {name: t.us for name, t in timings.items() if name != row["impl"]}
-            best_peer = min(peers, key=peers.__getitem__, default=None)
-            gbs = base["bytes"] / timing.us / 1e3
-            row |= {"us": round(timing.us, 3), "us_spread": round(timing.us_spread, 3), "gbs": round(gbs, 1)}
-            row |= {"share_of_ceiling": round(gbs / ceiling_gbs, 3), "best_peer": best_peer}
-            row["ratio_to_best_peer"] = round(peers[best_peer] / timing.us, 3) if best_peer else None
-        yield row
-    del graphs, runs
-    gc.collect()
-    torch.cuda.empty_cache()
+    try:
+        for index, (family, case) in enumerate(work):
+            progress(index, len(work), f"{family.OP} {case}")
+            for row in run_case(family, case, ceiling_gbs, peers):
+                rows.append(row)
+                print(f"\r\033[K{show(row)}", flush=True)
+    except KeyboardInterrupt:
+        print("\ninterrupted: what was measured is kept", file=sys.stderr)
+    progress(len(work), len(work), "")
+    return rows
 
 
-def copy_gbs() -> float:
-    """Bytes read and written per second by PyTorch's elementwise kernel (negation of 1 GiB of fp32): the ceiling."""
-    source = torch.empty(COPY_BYTES // 4, device="cuda").normal_()
-    target = torch.empty_like(source)
-    timing = time_graphs({"copy": capture([lambda: torch.neg(source, out=target)] * 4)}, 4)["copy"]
-    return 2 * COPY_BYTES / timing.us / 1e3
+def progress(done: int, total: int, what: str) -> None:
+    if sys.stderr.isatty():
+        width = 24
+        bar = "#" * (width * done // total)
+        text = f"[{bar:{width}}] {done}/{total} {what}"
+        print(
+            f"\r\033[K{text[: shutil.get_terminal_size().columns - 1]}",
+            end="\n" if done == total else "",
+            file=sys.stderr,
+        )
 
 
 def show(row: dict[str, Any]) -> str:
-    head = f"{row['op']} {row['case']:44s} {row['impl']:12s}"
+    head = f"{row['op']:16s} {row['case']:44s} {row['impl']:14s}"
     if "missing" in row:
         return f"{head} missing: {row['missing']}"
     if not row["correct"]:
-        return f"{head} \033[31mWRONG, not timed: error {row['error']:.2e}\033[0m"
+        why = ", ".join(f"{key} {row[key]}" for key in ("error", "bit_exact") if key in row)
+        return f"{head} \033[31mWRONG, not timed: {why}\033[0m"
     ratio = f"{row['ratio_to_best_peer']:.2f}x of {row['best_peer']}" if row["best_peer"] else ""
+    chained = f"chained {row['us_chained']:6.2f}" if "us_chained" in row else " " * 14
     return (
-        f"{head} {row['us']:9.2f} us +-{row['us_spread']:5.2f} {row['gbs']:7.0f} GB/s {row['share_of_ceiling']:5.0%} "
-        f"{'exact' if row['bit_exact'] else 'close'} {ratio}"
+        f"{head} {row['us']:9.2f} us +-{row['us_spread']:5.2f} {chained} {row['gbs']:7.0f} GB/s "
+        f"{row['share_of_ceiling']:5.0%} {ratio}"
     )
+
+
+def parse_arguments(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels", description=__doc__)
+    parser.add_argument("ops", nargs="*", metavar="op", help=f"of {', '.join(FAMILIES)}; all when left out")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: the references, for tests")
+    parser.add_argument("--only", default="", metavar="TEXT", help="the cases whose name contains TEXT")
+    parser.add_argument("--limit", type=int, help="at most this many cases")
+    parser.add_argument("--peers", nargs="+", metavar="IMPL", help="beside ours, only these implementations")
+    parser.add_argument("--out", metavar="FILE", help="write JSON lines: the environment, then one row a line")
+    parser.add_argument("--report", metavar="FILE", help="write one self-contained HTML page with plots")
+    parser.add_argument("--compare", metavar="OLD", help="exit 1 when something is slower than in this record")
+    return parser, parser.parse_args(argv)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,13 @@
-"""Kernel times from replayed CUDA graphs, the implementations of one case taking turns."""
+"""Kernel times from replayed CUDA graphs, the implementations of one case taking turns; plain calls on a CPU."""
 
 import statistics
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
+
+from benchmarks import families
 
 SAMPLES = 15
 MIN_SAMPLE_US = 300.0
@@ -23,23 +26,41 @@ class Timing:
         return cls(median, high - low)
 
 
+@dataclass(frozen=True)
+class Recording:
+    """A replayable sequence of calls; `calls` is what its time is divided by."""
+
+    replay: Callable[[], None]
+    calls: int
+
+
 def num_sets(num_bytes: int) -> int:
     """How many sets of tensors to rotate through: past twice the L2, or HOT_SETS where these fit in a quarter of it.
 
     What is that small a decode step finds in the L2, where the kernel before has just left it.
     """
-    l2 = torch.cuda.get_device_properties("cuda").L2_cache_size
+    if families.device.type != "cuda":
+        return 2
+    l2 = torch.cuda.get_device_properties(families.device).L2_cache_size
     if HOT_SETS * num_bytes <= l2 // 4:
         return HOT_SETS
     return -(-2 * l2 // num_bytes) + 1
 
 
-def capture(calls: list[Callable[[], object]]) -> torch.cuda.CUDAGraph:
-    """One graph of all calls in order, warmed up."""
+def record_calls(calls: list[Callable[[], object]], per: int = 1) -> Recording:
+    """All calls in order, as one CUDA graph on a GPU; every `per` of them count as one call."""
+    if families.device.type != "cuda":
+
+        def replay() -> None:
+            for call in calls:
+                call()
+
+        return Recording(replay, len(calls) // per)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        calls[0]()
+        for call in calls[:per]:
+            call()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -47,28 +68,34 @@ def capture(calls: list[Callable[[], object]]) -> torch.cuda.CUDAGraph:
             call()
     graph.replay()
     torch.cuda.synchronize()
-    return graph
+    return Recording(graph.replay, len(calls) // per)
 
 
-def time_graphs(graphs: Mapping[str, torch.cuda.CUDAGraph], calls_per_graph: int) -> dict[str, Timing]:
-    """Time per call of each graph. A sample replays a graph often enough to last MIN_SAMPLE_US; the graphs take turns,
-    so that a drift of the clocks hits all alike."""
-    samples: dict[str, list[float]] = {name: [] for name in graphs}
-    warm_up = 0.0
-    while warm_up < WARM_UP_US and graphs:
-        warm_up += sum(_replay_us(graph, 10) for graph in graphs.values())
-    replays = {name: max(1, round(MIN_SAMPLE_US / max(_replay_us(graph, 1), 1.0))) for name, graph in graphs.items()}
+def time_recordings(recordings: Mapping[str, Recording]) -> dict[str, Timing]:
+    """Time per call of each. A sample replays often enough to last MIN_SAMPLE_US; the recordings take turns, so that
+    a drift of the clocks hits all alike."""
+    warm_up, limit = 0.0, WARM_UP_US if families.device.type == "cuda" else 0.0
+    while warm_up < limit and recordings:
+        warm_up += sum(_sample_us(recording, 10) for recording in recordings.values())
+    replays = {name: max(1, round(MIN_SAMPLE_US / max(_sample_us(r, 1), 1.0))) for name, r in recordings.items()}
+    samples: dict[str, list[float]] = {name: [] for name in recordings}
     for _ in range(SAMPLES):
-        for name, graph in graphs.items():
-            samples[name].append(_replay_us(graph, replays[name]) / replays[name] / calls_per_graph)
+        for name, recording in recordings.items():
+            us = _sample_us(recording, replays[name])
+            samples[name].append(us / replays[name] / recording.calls)
     return {name: Timing.of(values) for name, values in samples.items()}
 
 
-def _replay_us(graph: torch.cuda.CUDAGraph, replays: int) -> float:
+def _sample_us(recording: Recording, replays: int) -> float:
+    if families.device.type != "cuda":
+        start_s = time.perf_counter()
+        for _ in range(replays):
+            recording.replay()
+        return (time.perf_counter() - start_s) * 1e6
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
     for _ in range(replays):
-        graph.replay()
+        recording.replay()
     end.record()
     end.synchronize()
     return start.elapsed_time(end) * 1e3

@@ -5,6 +5,9 @@ from dataclasses import dataclass
 
 import torch
 
+# Where the tensors of all families lie; benchmarks.kernels sets it before the first case.
+device = torch.device("cuda")
+
 
 class Missing(Exception):
     """An implementation is not installed, or does not take the case; the message says which and why."""

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from benchmarks import families
 from benchmarks.cases.quant import GroupQuantCase, benchmarks
 from benchmarks.families import Missing, Run
 from vllm_b200_plugin.ops.quant import QUANT_MAX, ScaleLayout, empty_scale, per_token_group_quant
@@ -27,12 +28,17 @@ def record(case: GroupQuantCase) -> dict[str, Any]:
         "layout": case.layout_name,
         "group_size": case.group_size,
         "bytes": case.num_bytes,
+        "flops": 0,
     }
 
 
 def _tensors(case: GroupQuantCase, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    x = case.make_input("cuda", seed)
-    return x, torch.empty(x.shape, dtype=case.dtype, device="cuda"), empty_scale(x, case.group_size, case.layout)
+    x = case.make_input(families.device, seed)
+    return (
+        x,
+        torch.empty(x.shape, dtype=case.dtype, device=families.device),
+        empty_scale(x, case.group_size, case.layout),
+    )
 
 
 def ours(case: GroupQuantCase, seed: int) -> Run:
@@ -108,7 +114,7 @@ IMPLEMENTATIONS: dict[str, Callable[[GroupQuantCase, int], Run]] = {
 def check(case: GroupQuantCase, seed: int, outputs: tuple[torch.Tensor, ...]) -> tuple[bool, dict[str, Any]]:
     """Right when q * scale is x within the format's error, in float64; also whether it is our reference bit for bit."""
     q, scale = outputs
-    x = case.make_input("cuda", seed)
+    x = case.make_input(families.device, seed)
     if scale.dtype == torch.int32:
         exponent = torch.stack([(scale >> shift) & 0xFF for shift in (0, 8, 16, 24)], -1).flatten(-2)
         scale32 = torch.exp2(exponent[..., : case.hidden_size // case.group_size].double() - 127)
