@@ -1,0 +1,99 @@
+"""Which kernel for which layer, and why: pure functions of shapes, dtypes and the GPU, so that they can be read, tested
+and explained on any machine."""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import torch
+
+DEEP_GEMM = "deep_gemm"
+FLASHINFER_SWAP_AB = "flashinfer_swap_ab"
+CUTLASS = "cutlass"
+TRITON = "triton"
+VLLM = "vllm"  # none of ours: vLLM goes on through its own list
+
+GROUP_SIZE = 128
+SWAP_AB_BELOW = 32
+
+
+@dataclass(frozen=True)
+class Choice:
+    """kernel: one of the names above. reason: in words, without a full stop."""
+
+    kernel: str
+    reason: str
+
+
+def fp8_block_linear(
+    out_dtype: torch.dtype,
+    weight_shape: tuple[int, int],
+    block_shape: tuple[int, int] = (128, 128),
+    available: Collection[str] = (DEEP_GEMM, CUTLASS, TRITON),
+) -> Choice:
+    """The GEMM of an FP8 block-scaled linear layer, whose activations we quantise in groups of 128.
+
+    Args:
+        out_dtype: dtype of the result.
+        weight_shape: (N, K) of this rank's part of the weight.
+        block_shape: (rows, columns) of the weight that share a scale.
+        available: the kernels that the machine and the user's settings allow.
+    """
+    refusals = []
+    for kernel in (DEEP_GEMM, CUTLASS, TRITON):
+        if kernel not in available:
+            refusals.append(f"{kernel} is not available")
+        elif (refusal := fp8_block_refusal(kernel, out_dtype, weight_shape, block_shape)) is None:
+            return Choice(kernel, "; ".join([*refusals, FITS[kernel]]))
+        else:
+            refusals.append(refusal)
+    return Choice(VLLM, "; ".join(refusals))
+
+
+FITS = {
+    DEEP_GEMM: "bfloat16 out, N % 64 == 0 and K % 128 == 0",
+    CUTLASS: "CUTLASS takes bfloat16 and float16 out, N % 16 == 0 and K % 128 == 0",
+    TRITON: "Triton takes any out dtype and any N, K % 128 == 0",
+}
+
+
+def fp8_block_refusal(
+    kernel: str, out_dtype: torch.dtype, weight_shape: tuple[int, int], block_shape: tuple[int, int] = (128, 128)
+) -> str | None:
+    """Why `kernel` cannot do a layer, or None where it can. Arguments as for fp8_block_linear."""
+    n, k = weight_shape
+    out = str(out_dtype).removeprefix("torch.")
+    if block_shape != (128, GROUP_SIZE):
+        return f"{kernel} needs weight blocks of 128x128, got {block_shape[0]}x{block_shape[1]}"
+    if k % GROUP_SIZE:
+        return f"{kernel} needs K % 128 == 0, got K={k}"
+    if kernel == DEEP_GEMM:
+        if out_dtype != torch.bfloat16:
+            return f"{kernel} needs bfloat16 out, got {out}"
+        if n % 64:
+            return f"{kernel} needs N % 64 == 0, got N={n}"
+    if kernel == CUTLASS:
+        if out_dtype not in (torch.bfloat16, torch.float16):
+            return f"{kernel} needs bfloat16 or float16 out, got {out}"
+        if n % 16:
+            return f"{kernel} needs N % 16 == 0, got N={n}"
+    return None
+
+
+def fp8_block_gemm(num_tokens: int, capability: tuple[int, int], *, flashinfer: bool, batch_invariant: bool) -> Choice:
+    """DeepGEMM or, for few tokens on Hopper, FlashInfer's kernel with the operands swapped.
+
+    Args:
+        num_tokens: rows of the activation.
+        capability: compute capability, for example (9, 0).
+        flashinfer: whether FlashInfer's fp8_blockscale_gemm_sm90 may be used.
+        batch_invariant: whether a row's result must not depend on the number of rows (VLLM_BATCH_INVARIANT).
+    """
+    if batch_invariant:
+        return Choice(DEEP_GEMM, "batch invariance rules out a choice by the number of tokens")
+    if capability != (9, 0):
+        return Choice(DEEP_GEMM, "FlashInfer's swap-AB kernel is for Hopper")
+    if not flashinfer:
+        return Choice(DEEP_GEMM, "FlashInfer's fp8_blockscale_gemm_sm90 is not available")
+    if num_tokens >= SWAP_AB_BELOW:
+        return Choice(DEEP_GEMM, f"{num_tokens} tokens, FlashInfer's kernel swaps operands below {SWAP_AB_BELOW} only")
+    return Choice(FLASHINFER_SWAP_AB, f"{num_tokens} tokens, below {SWAP_AB_BELOW}")

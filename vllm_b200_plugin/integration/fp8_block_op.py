@@ -1,0 +1,159 @@
+"""One op for an FP8 block-scaled linear layer: activation quantisation and GEMM, opaque to torch.compile.
+
+One op, because vLLM drops dynamo's guards, so that a branch on the number of tokens outside it would be frozen as
+traced, and because vLLM's fused rms_norm + quantisation, which it substitutes for a visible quantisation op, is
+slower than the two apart.
+"""
+
+import enum
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from vllm_b200_plugin import dispatch, vllm_compat
+from vllm_b200_plugin.ops._library import torch_library
+from vllm_b200_plugin.ops.gemm import fp8_block_scaled_mm
+from vllm_b200_plugin.ops.quant import ScaleLayout, per_token_group_quant
+
+
+class Engine(str, enum.Enum):
+    """Which GEMM the op runs; a plain string in the op's schema."""
+
+    DEEP_GEMM = "deep_gemm"
+    FLASHINFER_DEEP_GEMM = "flashinfer_deep_gemm"  # by number of tokens: dispatch.fp8_block_gemm
+    CUTLASS = "cutlass"
+    TRITON = "triton"
+    REFERENCE = "reference"
+
+
+def fp8_block_linear(
+    x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, block_shape: tuple[int, int],
+    out_dtype: torch.dtype, engine: Engine,
+) -> torch.Tensor:  # fmt: skip
+    """x @ weight.T with x quantised to e4m3 in groups of block_shape[1] elements of a row.
+
+    Args:
+        x: [num_tokens, K] bfloat16, float16 or float32; rows may be strided.
+        weight: [N, K] float8_e4m3fn.
+        weight_scale: what `engine` takes: for DeepGEMM as vLLM's conversion leaves it, else one float32 (for
+            REFERENCE also UE8M0) per block, [ceil(N / block_shape[0]), ceil(K / block_shape[1])].
+        block_shape: (rows, columns) of weight that share a scale.
+        out_dtype: dtype of the result.
+        engine: the GEMM.
+
+    Returns:
+        [num_tokens, N] in out_dtype.
+    """
+    return torch.ops.vllm_b200.fp8_block_linear(x, weight, weight_scale, list(block_shape), out_dtype, engine.value)
+
+
+torch_library.define(
+    "fp8_block_linear(Tensor x, Tensor weight, Tensor weight_scale, int[] block_shape, ScalarType out_dtype, "
+    "str engine) -> Tensor"
+)
+
+
+@torch.library.register_fake("vllm_b200::fp8_block_linear", lib=torch_library)
+def _fake(
+    x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, block_shape: list[int], out_dtype: torch.dtype,
+    engine: str,
+) -> torch.Tensor:  # fmt: skip
+    return x.new_empty((x.shape[0], weight.shape[0]), dtype=out_dtype)
+
+
+@torch.library.impl(torch_library, "fp8_block_linear", "CPU")
+@torch.library.impl(torch_library, "fp8_block_linear", "CUDA")
+def _implementation(
+    x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, block_shape: list[int], out_dtype: torch.dtype,
+    engine: str,
+) -> torch.Tensor:  # fmt: skip
+    if x.shape[0] == 0:
+        return x.new_empty((0, weight.shape[0]), dtype=out_dtype)
+    if x.stride(-1) != 1:
+        x = x.contiguous()
+    return _ENGINES[Engine(engine)](x, weight, weight_scale, block_shape, out_dtype)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the op's branches depend on besides its arguments.
+
+    layout, ue8m0: how DeepGEMM wants the activation's scales.
+    """
+
+    capability: tuple[int, int]
+    batch_invariant: bool
+    layout: ScaleLayout
+    ue8m0: bool
+
+
+@functools.cache
+def machine() -> Machine:
+    """Found once in a process, when a kernel is made for the first layer, so never in a captured call."""
+    formats = vllm_compat.SCALE_FORMAT.get()
+    scale_format = formats.from_oracle()
+    return Machine(
+        capability=vllm_compat.capability() or (0, 0),
+        batch_invariant=vllm_compat.ENVS.get().VLLM_BATCH_INVARIANT,
+        layout=ScaleLayout.PACKED_UE8M0 if scale_format == formats.UE8M0 else ScaleLayout.COLUMN_TMA,
+        ue8m0=scale_format != formats.FLOAT32,
+    )
+
+
+def _deep_gemm(
+    x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, block_shape: list[int], out_dtype: torch.dtype
+) -> torch.Tensor:
+    here = machine()
+    q, scale = per_token_group_quant(x, block_shape[1], layout=here.layout, ue8m0=here.ue8m0)
+    out = torch.empty((x.shape[0], weight.shape[0]), dtype=out_dtype, device=x.device)
+    gemm = vllm_compat.FP8_GEMM_NT.get()
+    gemm((q, scale), (weight, weight_scale), out, is_deep_gemm_e8m0_used=here.ue8m0)
+    return out
+
+
+def _flashinfer_deep_gemm(
+    x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, block_shape: list[int], out_dtype: torch.dtype
+) -> torch.Tensor:
+    here = machine()
+    choice = dispatch.fp8_block_gemm(x.shape[0], here.capability, flashinfer=True, batch_invariant=here.batch_invariant)
+    if choice.kernel != dispatch.FLASHINFER_SWAP_AB:
+        return _deep_gemm(x, weight, weight_scale, block_shape, out_dtype)
+    # Plain fp32 scales also where DeepGEMM's are powers of two: FlashInfer, given bf16, quantises so.
+    q, scale = per_token_group_quant(x, block_shape[1], layout=ScaleLayout.COLUMN_TMA)
+    gemm = vllm_compat.FLASHINFER_GEMM.get()
+    return gemm(input=q, weight=weight, input_scale=scale, weight_scale=weight_scale, out_dtype=out_dtype)
+
+
+def _cutlass(
+    x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, block_shape: list[int], out_dtype: torch.dtype
+) -> torch.Tensor:
+    q, scale = per_token_group_quant(x, block_shape[1], layout=ScaleLayout.COLUMN)
+    gemm = vllm_compat.CUTLASS_GEMM.get()
+    return gemm(q, weight.T, out_dtype=out_dtype, scale_a=scale, scale_b=weight_scale.T)
+
+
+def _triton(
+    x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, block_shape: list[int], out_dtype: torch.dtype
+) -> torch.Tensor:
+    q, scale = per_token_group_quant(x, block_shape[1])
+    return vllm_compat.TRITON_GEMM.get()(q, weight, scale, weight_scale, block_shape, out_dtype)
+
+
+def _reference(
+    x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, block_shape: list[int], out_dtype: torch.dtype
+) -> torch.Tensor:
+    if weight_scale.dtype == torch.uint8:
+        weight_scale = weight_scale.view(torch.float8_e8m0fnu)
+    q, scale = per_token_group_quant(x, block_shape[1])
+    return fp8_block_scaled_mm(q, scale, weight, weight_scale.float(), (block_shape[0], block_shape[1]), out_dtype)
+
+
+_ENGINES: dict[Engine, Callable[..., torch.Tensor]] = {
+    Engine.DEEP_GEMM: _deep_gemm,
+    Engine.FLASHINFER_DEEP_GEMM: _flashinfer_deep_gemm,
+    Engine.CUTLASS: _cutlass,
+    Engine.TRITON: _triton,
+    Engine.REFERENCE: _reference,
+}

@@ -1,0 +1,17 @@
+"""What every feature with a CUDA kernel needs."""
+
+from vllm_b200_plugin import vllm_compat
+from vllm_b200_plugin.features import FeatureUnavailable
+from vllm_b200_plugin.ops import _library
+
+
+def require() -> None:
+    """Raises FeatureUnavailable, with what to do, where our CUDA library is missing or not for this GPU."""
+    status = _library.status()
+    if not status.loaded:
+        raise FeatureUnavailable(status.reason)
+    capability = vllm_compat.capability()
+    if capability is not None and not status.covers(capability):
+        raise FeatureUnavailable(
+            f"the CUDA library has code for {', '.join(status.archs)}, this GPU is {capability[0]}.{capability[1]}"
+        )

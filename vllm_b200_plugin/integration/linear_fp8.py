@@ -1,0 +1,183 @@
+"""Feature fp8_block_linear: kernel classes that stand before vLLM's for FP8 block-scaled linear layers.
+
+Each takes a layer under the conditions of the vLLM class that it stands before, and those of dispatch.py, decided
+before the weights are loaded: a layer that DeepGEMM refuses never meets scales converted for it. Nothing that
+apply_weights needs is made in process_weights_after_loading, which vLLM skips for weights already processed.
+"""
+
+from typing import Any, ClassVar
+
+import torch
+
+from vllm_b200_plugin import dispatch, vllm_compat
+from vllm_b200_plugin.features import NotForThisPlatform
+from vllm_b200_plugin.integration import library, report
+from vllm_b200_plugin.integration.fp8_block_op import Engine, fp8_block_linear, machine
+from vllm_b200_plugin.ops.quant import GROUP_SIZES
+
+_LAYER_KIND = "FP8 block linear"
+
+_Base: Any = vllm_compat.FP8_BLOCK_BASE.get()
+_DeepGemm: Any = vllm_compat.DEEP_GEMM_KERNEL.get()
+_FlashInferDeepGemm: Any = vllm_compat.FLASHINFER_DEEP_GEMM_KERNEL.get()
+_Cutlass: Any = vllm_compat.CUTLASS_KERNEL.get()
+_Triton: Any = vllm_compat.TRITON_KERNEL.get()
+
+
+class _OneOp:
+    """Mixin before a vLLM kernel class: quantisation and GEMM in one op, and a line in the log."""
+
+    engine: ClassVar[Engine]
+    reason: ClassVar[str]
+    config: Any
+    weight_group_shape: Any
+    _get_layer_params: Any
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)  # type: ignore[call-arg]
+        report.chosen(_LAYER_KIND, type(self).__name__, self.reason)
+
+    def apply_weights(
+        self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None, **kwargs: Any
+    ) -> torch.Tensor:
+        """x [..., K] -> [..., N] in the config's out_dtype; bias [N]."""
+        params = self._get_layer_params(layer)
+        block_shape = (self.weight_group_shape.row, self.weight_group_shape.col)
+        out = fp8_block_linear(
+            x.reshape(-1, x.shape[-1]),
+            params.weight,
+            params.block_scale,
+            block_shape,
+            self.config.out_dtype,
+            self.engine,
+        )
+        if bias is not None:
+            out = (out + bias).to(out.dtype)
+        return out.view(*x.shape[:-1], params.weight.shape[0])
+
+
+def _refusal(kernel: str, config: Any) -> str | None:
+    block = config.weight_quant_key.scale.group_shape
+    return dispatch.fp8_block_refusal(kernel, config.out_dtype, tuple(config.weight_shape), (block.row, block.col))
+
+
+class B200DeepGemmFp8BlockKernel(_OneOp, _DeepGemm):
+    """Our quantisation, then DeepGEMM, with scales as vLLM's oracle wants them on this GPU."""
+
+    engine = Engine.DEEP_GEMM
+    reason = f"our group quant + DeepGEMM; {dispatch.FITS[dispatch.DEEP_GEMM]}"
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        machine()
+
+    @classmethod
+    def can_implement(cls, config: Any) -> tuple[bool, str | None]:
+        if vllm_compat.is_disabled(_DeepGemm):
+            return False, f"VLLM_DISABLED_KERNELS names {_DeepGemm.__name__}, whose GEMM this is"
+        if refusal := _refusal(dispatch.DEEP_GEMM, config):
+            return False, refusal
+        return super().can_implement(config)
+
+
+class B200FlashInferDeepGemmFp8BlockKernel(B200DeepGemmFp8BlockKernel):
+    """For Hopper: below 32 tokens FlashInfer's GEMM with swapped operands, fed with what our quantisation wrote."""
+
+    engine = Engine.FLASHINFER_DEEP_GEMM
+    reason = (
+        f"our group quant + FlashInfer's swap-AB GEMM below {dispatch.SWAP_AB_BELOW} tokens, else DeepGEMM; "
+        f"{dispatch.FITS[dispatch.DEEP_GEMM]}"
+    )
+
+    @classmethod
+    def can_implement(cls, config: Any) -> tuple[bool, str | None]:
+        if vllm_compat.is_disabled(_FlashInferDeepGemm):
+            return False, f"VLLM_DISABLED_KERNELS names {_FlashInferDeepGemm.__name__}, whose GEMMs these are"
+        if not vllm_compat.FLASHINFER_GEMM_SUPPORTED.get()():
+            return False, "FlashInfer's fp8_blockscale_gemm_sm90 is for Hopper, and is not available or switched off"
+        if vllm_compat.ENVS.get().VLLM_BATCH_INVARIANT:
+            return False, "VLLM_BATCH_INVARIANT rules out a choice by the number of tokens"
+        return super().can_implement(config)
+
+
+class B200CutlassFp8BlockKernel(_OneOp, _Cutlass):
+    """Our quantisation, then vLLM's CUTLASS GEMM: for layers that DeepGEMM does not take."""
+
+    engine = Engine.CUTLASS
+    reason = f"our group quant + vLLM's CUTLASS GEMM; {dispatch.FITS[dispatch.CUTLASS]}"
+
+    @classmethod
+    def can_implement(cls, config: Any) -> tuple[bool, str | None]:
+        if vllm_compat.is_disabled(_Cutlass):
+            return False, f"VLLM_DISABLED_KERNELS names {_Cutlass.__name__}, whose GEMM this is"
+        if refusal := _refusal(dispatch.CUTLASS, config):
+            return False, refusal
+        return super().can_implement(config)
+
+
+class B200TritonFp8BlockKernel(_OneOp, _Triton):
+    """Our quantisation, then vLLM's Triton GEMM: for layers that neither DeepGEMM nor CUTLASS takes."""
+
+    engine = Engine.TRITON
+    reason = f"our group quant + vLLM's Triton GEMM; {dispatch.FITS[dispatch.TRITON]}"
+
+    @classmethod
+    def can_implement(cls, config: Any) -> tuple[bool, str | None]:
+        if vllm_compat.is_disabled(_Triton):
+            return False, f"VLLM_DISABLED_KERNELS names {_Triton.__name__}, whose GEMM this is"
+        if refusal := _refusal(dispatch.TRITON, config):
+            return False, refusal
+        return super().can_implement(config)
+
+
+class B200CpuFp8BlockKernel(_OneOp, _Base):
+    """The reference, with the arithmetic of the GPU kernels. vLLM's own on CPU keeps the activation in bf16."""
+
+    engine = Engine.REFERENCE
+    reason = "reference with W8A8 arithmetic, on any processor"
+
+    @classmethod
+    def is_supported(cls, compute_capability: int | None = None) -> tuple[bool, str | None]:
+        if not vllm_compat.CURRENT_PLATFORM.get().is_cpu():
+            return False, "is for CPU"
+        return True, None
+
+    @classmethod
+    def can_implement(cls, config: Any) -> tuple[bool, str | None]:
+        group = config.activation_quant_key.scale.group_shape
+        block = config.weight_quant_key.scale.group_shape
+        if group.row != 1 or group.col not in GROUP_SIZES or block.col != group.col:
+            return False, (
+                "needs activation groups of 1x32, 1x64 or 1x128 as wide as the weight's blocks, "
+                f"got {group} and {block}"
+            )
+        if config.weight_shape[1] % group.col:
+            return False, f"needs K % {group.col} == 0, got K={config.weight_shape[1]}"
+        return super().can_implement(config)
+
+    def apply_block_scaled_mm(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        raise NotImplementedError("apply_weights does it all")
+
+
+def apply() -> None:
+    """Put our classes into vLLM's lists, once. Raises FeatureUnavailable where there is nothing to run them."""
+    platform = vllm_compat.CURRENT_PLATFORM.get()
+    platforms = vllm_compat.PLATFORM_ENUM.get()
+    if platform.is_cpu():
+        _insert(platforms.CPU, B200CpuFp8BlockKernel, before=None, backend="torch")
+        return
+    if not platform.is_cuda():
+        raise NotForThisPlatform(f"for CUDA and CPU, vLLM runs on {platform.device_name}")
+    library.require()
+    _insert(platforms.CUDA, B200TritonFp8BlockKernel, before=_Triton, backend="triton")
+    _insert(platforms.CUDA, B200CutlassFp8BlockKernel, before=_Cutlass, backend="cutlass")
+    _insert(platforms.CUDA, B200DeepGemmFp8BlockKernel, before=None, backend="deep_gemm")
+    _insert(platforms.CUDA, B200FlashInferDeepGemmFp8BlockKernel, before=None, backend="flashinfer_cutlass")
+
+
+def _insert(platform: Any, kernel: type, before: type | None, backend: str) -> None:
+    """Into the platform's list, before one of vLLM's classes or first, and into the set of --linear-backend=backend."""
+    kernels = vllm_compat.FP8_BLOCK_KERNELS.get().setdefault(platform, [])
+    if kernel not in kernels:
+        kernels.insert(kernels.index(before) if before in kernels else 0, kernel)
+    vllm_compat.LINEAR_BACKENDS.get().setdefault(backend, set()).add(kernel)

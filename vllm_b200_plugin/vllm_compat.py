@@ -1,0 +1,199 @@
+"""The register of every vLLM name that we touch and that vLLM does not promise to keep.
+
+Nothing else in this package names them. Each is looked up when it is needed, so that importing this module imports no
+vLLM, and a name that a vLLM version lacks switches one feature off, with the name in the reason.
+"""
+
+import importlib
+from dataclasses import dataclass
+from typing import Any
+
+from vllm_b200_plugin.features import FeatureUnavailable
+
+_LINEAR = "vllm.model_executor.kernels.linear"
+_MOE_ORACLE = "vllm.model_executor.layers.fused_moe.oracle.fp8"
+_LINEAR_LIST = "register_linear_kernel() that can put a kernel first"
+_OOT_MOE = "registration of MoE backends from outside (a TODO in vLLM's oracle/fp8.py)"
+_STABLE_GEMM = "a documented function for the GEMM alone"
+
+
+@dataclass(frozen=True)
+class Private:
+    """One name: where it is, what it is, why we need it, and which change in vLLM would make it unnecessary."""
+
+    module: str
+    attribute: str
+    what: str
+    why: str
+    until: str
+
+    def get(self) -> Any:
+        """The object, importing its module. Raises FeatureUnavailable where this vLLM has no such name."""
+        try:
+            return getattr(importlib.import_module(self.module), self.attribute)
+        except (ImportError, AttributeError) as error:
+            message = f"this vLLM has no {self.module}.{self.attribute} ({self.what}): {error}"
+            raise FeatureUnavailable(message) from error
+
+    def replace(self, value: Any) -> None:
+        """Bind the name in its module to `value`."""
+        setattr(importlib.import_module(self.module), self.attribute, value)
+
+
+ENVIRONMENT_VARIABLES = Private(
+    "vllm.envs",
+    "environment_variables",
+    "dict of variable name -> function that reads it; all go into the compile-cache key",
+    "to make our version and features part of that key, and to make our variables known ones",
+    "a hook for plugins in vLLM's compile-cache key",
+)
+ENVS = Private("vllm", "envs", "lazy environment variables", "VLLM_BATCH_INVARIANT, VLLM_DISABLED_KERNELS", "-")
+CURRENT_PLATFORM = Private(
+    "vllm.platforms", "current_platform", "the device vLLM runs on", "CPU or CUDA, and which", "-"
+)
+PLATFORM_ENUM = Private("vllm.platforms", "PlatformEnum", "kinds of device", "key of the kernel lists", "-")
+
+FP8_BLOCK_KERNELS = Private(
+    _LINEAR,
+    "_POSSIBLE_FP8_BLOCK_KERNELS",
+    "dict of platform -> list of kernel classes, in order of preference",
+    "to put ours before vLLM's",
+    _LINEAR_LIST,
+)
+LINEAR_BACKENDS = Private(
+    _LINEAR,
+    "_LINEAR_BACKEND_KERNEL_MAP",
+    "dict of --linear-backend value -> set of kernel classes",
+    "to keep ours where the user asks for the GEMM that ours runs",
+    _LINEAR_LIST + " and name its backend",
+)
+FP8_BLOCK_BASE = Private(
+    _LINEAR,
+    "Fp8BlockScaledMMLinearKernel",
+    "base class of FP8 block-scaled linear kernels",
+    "base of our CPU kernel",
+    "documented base classes",
+)
+DEEP_GEMM_KERNEL = Private(
+    _LINEAR,
+    "DeepGemmFp8BlockScaledMMKernel",
+    "vLLM's DeepGEMM kernel class",
+    "base of ours: its conditions, weight conversion and warm-up (chosen by isinstance) stay in force",
+    "a DeepGEMM warm-up that asks for a method, not for a class",
+)
+FLASHINFER_DEEP_GEMM_KERNEL = Private(
+    _LINEAR,
+    "FlashInferFp8DeepGEMMDynamicBlockScaledKernel",
+    "vLLM's kernel class for Hopper: FlashInfer below 32 tokens, else DeepGEMM",
+    "its name in VLLM_DISABLED_KERNELS",
+    "-",
+)
+CUTLASS_KERNEL = Private(
+    _LINEAR,
+    "CutlassFp8BlockScaledMMKernel",
+    "vLLM's CUTLASS kernel class",
+    "base of ours",
+    _LINEAR_LIST,
+)
+TRITON_KERNEL = Private(
+    _LINEAR,
+    "TritonFp8BlockScaledMMKernel",
+    "vLLM's Triton kernel class",
+    "base of ours",
+    _LINEAR_LIST,
+)
+
+SCALE_FORMAT = Private(
+    "vllm.utils.deep_gemm",
+    "DeepGemmQuantScaleFMT",
+    "which scales DeepGEMM wants on this GPU: fp32, fp32 powers of two, or packed UE8M0",
+    "our quantisation writes them",
+    "a GEMM that takes any of them",
+)
+FP8_GEMM_NT = Private(
+    "vllm.utils.deep_gemm", "fp8_gemm_nt", "DeepGEMM, installed or vendored", "the GEMM of our op", _STABLE_GEMM
+)
+FLASHINFER_GEMM = Private(
+    "vllm.utils.flashinfer",
+    "flashinfer_fp8_blockscale_gemm",
+    "flashinfer.gemm.fp8_blockscale_gemm_sm90, imported when called",
+    "the GEMM of our op below 32 tokens on Hopper",
+    _STABLE_GEMM,
+)
+FLASHINFER_GEMM_SUPPORTED = Private(
+    "vllm.utils.flashinfer",
+    "is_flashinfer_fp8_blockscale_gemm_supported",
+    "whether it is installed, for this GPU, and not switched off",
+    "condition of our kernel class for Hopper",
+    _STABLE_GEMM,
+)
+CUTLASS_GEMM = Private(
+    "vllm._custom_ops",
+    "cutlass_scaled_mm",
+    "vLLM's CUTLASS GEMM",
+    "the GEMM of our op",
+    _STABLE_GEMM,
+)
+TRITON_GEMM = Private(
+    "vllm.model_executor.layers.quantization.utils.fp8_utils",
+    "w8a8_triton_block_scaled_mm",
+    "vLLM's Triton GEMM",
+    "the GEMM of our op",
+    _STABLE_GEMM,
+)
+
+MOE_BACKENDS = Private(_MOE_ORACLE, "Fp8MoeBackend", "enum of FP8 MoE backends", "a value for our experts", _OOT_MOE)
+MOE_PRIORITY = Private(
+    _MOE_ORACLE, "_get_priority_backends", "function: backends in order of preference", "to put ours first", _OOT_MOE
+)
+MOE_EXPERTS = Private(
+    _MOE_ORACLE, "backend_to_kernel_cls", "function: backend -> experts classes", "to name our class", _OOT_MOE
+)
+CPU_FP8_EXPERTS = Private(
+    "vllm.model_executor.layers.fused_moe.experts.cpu_moe",
+    "CPUExpertsFp8",
+    "vLLM's FP8 experts on CPU (AMX only)",
+    "base of ours: formats, shapes and conditions",
+    "documented base classes",
+)
+
+# Arguments of vLLM's CUDA ops that we stand in for, as their schemas name them. Needed until vLLM chooses quantisation
+# kernels through a registry.
+QUANT_OPS = {
+    "per_token_group_fp8_quant": (
+        "input",
+        "output_q",
+        "output_s",
+        "group_size",
+        "eps",
+        "fp8_min",
+        "fp8_max",
+        "scale_ue8m0",
+        "dummy_is_scale_transposed",
+        "dummy_is_tma_aligned",
+    ),
+    "per_token_group_fp8_quant_packed": (
+        "input",
+        "output_q",
+        "output_s_packed",
+        "group_size",
+        "eps",
+        "fp8_min",
+        "fp8_max",
+    ),
+    "per_token_group_quant_int8": ("input", "output_q", "output_s", "group_size", "eps", "int8_min", "int8_max"),
+}
+
+
+def capability() -> tuple[int, int] | None:
+    """Compute capability of the GPU, told by NVML without starting CUDA; None on other platforms."""
+    platform = CURRENT_PLATFORM.get()
+    if not platform.is_cuda():
+        return None
+    found = platform.get_device_capability()
+    return None if found is None else (found[0], found[1])
+
+
+def is_disabled(kernel: type) -> bool:
+    """Whether VLLM_DISABLED_KERNELS names this kernel class."""
+    return kernel.__name__ in ENVS.get().VLLM_DISABLED_KERNELS
