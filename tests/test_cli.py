@@ -296,17 +296,8 @@ def test_unknown_format(tmp_path):
 
 PROBE = {
     "library": {"path": "/x/_C.abi3.so", "loaded": True, "reason": "", "archs": ["90a"]},
-    "features": [
-        {"name": "fp8_block_linear", "changes": "FP8 block linear", "needs": "CUDA 9.0+", "module": "x", "on": True},
-        {
-            "name": "group_quant_ops",
-            "changes": "group quantisation",
-            "needs": "the library",
-            "module": "y",
-            "on": False,
-        },
-    ],
-    "results": {"fp8_block_linear": "applied", "group_quant_ops": "disabled"},
+    "results": {"fp8_block_linear": "applied", "cpu_fp8_moe": "for CPUs"},
+    "kinds": {"cpu_fp8_moe": "platform"},
 }
 
 
@@ -314,6 +305,7 @@ PROBE = {
 def on_gpu(monkeypatch):
     """Pretend to have a GPU of the capability that the test sets, and PROBE for the child's answer."""
     fake_versions(monkeypatch, vllm="0.32.0", torch="2.13.0+cu130")
+    monkeypatch.setenv("VLLM_B200_DISABLE", "group_quant_ops")
 
     def use(capability: tuple[int, int], probe: dict = PROBE) -> None:
         monkeypatch.setattr(environment, "gpus", lambda: (environment.Gpu("NVIDIA X", capability, "580.1"),))
@@ -328,7 +320,7 @@ def test_doctor_is_content(on_gpu, capsys):
     text = capsys.readouterr().out
     assert "compute capability 9.0" in text
     assert "on  fp8_block_linear" in text
-    assert "off group_quant_ops" in text
+    assert "off group_quant_ops: disabled" in text
     assert "nothing to do" in text
 
 
@@ -346,6 +338,20 @@ def test_doctor_names_the_missing_library(on_gpu, capsys):
     assert "install nvcc" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("kind, code", [("platform", 0), ("unavailable", 1), ("error", 1)])
+def test_doctor_names_the_feature_that_is_not_in_place(on_gpu, capsys, kind, code):
+    on_gpu((9, 0), {**PROBE, "results": {"fp8_block_linear": "no such op"}, "kinds": {"fp8_block_linear": kind}})
+    assert cli.main(["doctor"]) == code
+    assert ("not in place: no such op" in capsys.readouterr().out) == (code == 1)
+
+
+def test_doctor_names_an_unknown_feature(on_gpu, monkeypatch, capsys):
+    on_gpu((9, 0))
+    monkeypatch.setenv("VLLM_B200_DISABLE", "group_quant")
+    assert cli.main(["doctor"]) == 1
+    assert "VLLM_B200_DISABLE names group_quant; the features are" in capsys.readouterr().out
+
+
 def test_doctor_leaves_other_gpus_to_vllm(on_gpu, capsys):
     on_gpu((8, 0))
     assert cli.main(["doctor"]) == 0
@@ -353,7 +359,7 @@ def test_doctor_leaves_other_gpus_to_vllm(on_gpu, capsys):
 
 
 def test_doctor_without_vllm(on_gpu, monkeypatch, capsys):
-    on_gpu((9, 0), {**PROBE, "results": None})
+    on_gpu((9, 0), {**PROBE, "results": {}, "kinds": {}})
     hide_module(monkeypatch, "vllm")
     assert cli.main(["doctor"]) == 1
     assert "vLLM is not installed" in capsys.readouterr().out

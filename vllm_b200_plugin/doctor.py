@@ -7,28 +7,42 @@ import subprocess
 import sys
 from dataclasses import asdict, dataclass, field
 
-from vllm_b200_plugin import environment
+from vllm_b200_plugin import environment, features
 from vllm_b200_plugin.environment import CannotRun, Gpu
 
 # Loading our library and vLLM may print, take seconds or, on a broken install, end the
 # process: that happens in a child, whose last line is the result.
 _PROBE = """
-import json
-from dataclasses import asdict
+import importlib, json
 from vllm_b200_plugin import features
 from vllm_b200_plugin.ops import _library
 status = _library.status()
-on = {f.name for f in features.enabled()}
 report = {
     "library": {"path": str(status.path or ""), "loaded": status.loaded, "reason": status.reason,
                 "archs": list(status.archs)},
-    "features": [{**asdict(f), "on": f.name in on} for f in features.FEATURES],
-    "results": None,
+    "results": {},
+    "kinds": {},
 }
 if WITH_VLLM:
     from vllm_b200_plugin import plugin
     plugin.register()
-    report["results"] = plugin.results()
+    for feature in features.enabled():
+        # It waits until vLLM imports what it changes; here nothing else would.
+        try:
+            importlib.import_module(feature.after)
+            state = plugin.results()[feature.name]
+        except Exception as error:
+            state = f"{feature.after} cannot be imported: {type(error).__name__}: {error}"
+        report["results"][feature.name] = state
+        if state != plugin.APPLIED:
+            try:
+                importlib.import_module(feature.module).apply()
+            except features.NotForThisPlatform:
+                report["kinds"][feature.name] = "platform"
+            except features.FeatureUnavailable:
+                report["kinds"][feature.name] = "unavailable"
+            except Exception:
+                report["kinds"][feature.name] = "error"
 print()
 print(json.dumps(report))
 """
@@ -139,15 +153,29 @@ def _examine_package(report: Report, with_vllm: bool) -> None:
             )
     if not report.gpus and not library["loaded"]:
         report.notes.append(f"without a GPU the CPU references are used; for a GPU: {library['reason']}.")
-    results = probe["results"] or {}
-    for feature in probe["features"]:
-        state = results.get(feature["name"]) or ("not tried: vLLM cannot be imported" if feature["on"] else "disabled")
-        report.features.append({**feature, "state": state})
+    on = {feature.name for feature in _enabled(report)}
+    supported_gpu = any(gpu.arch in environment.BUILDABLE_ARCHS for gpu in report.gpus)
+    for feature in features.FEATURES:
+        untried = "not tried: vLLM cannot be imported" if feature.name in on else "disabled"
+        state = probe["results"].get(feature.name, untried)
+        report.features.append({**asdict(feature), "on": feature.name in on, "state": state})
+        kind = probe["kinds"].get(feature.name)
+        if kind == "error" or (kind == "unavailable" and supported_gpu and library["loaded"]):
+            report.actions.append(f"{feature.name} is on but not in place: {state}.")
+
+
+def _enabled(report: Report) -> tuple[features.Feature, ...]:
+    """features.enabled(), with a name in VLLM_B200_DISABLE that is no feature's among the actions."""
+    names = {name.strip() for name in report.switches.get("VLLM_B200_DISABLE", "").split(",")} - {""}
+    if unknown := names - {feature.name for feature in features.FEATURES}:
+        known = ", ".join(feature.name for feature in features.FEATURES)
+        report.actions.append(f"VLLM_B200_DISABLE names {', '.join(sorted(unknown))}; the features are {known}.")
+    return tuple(feature for feature in features.FEATURES if feature.name not in names)
 
 
 def _probe(with_vllm: bool) -> dict:
     """Run _PROBE. Raises CannotRun with the child's last line where it fails."""
-    env = {**os.environ, "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
+    env = {**os.environ, "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "VLLM_B200_STRICT": "0"}
     try:
         child = subprocess.run(
             [sys.executable, "-c", f"WITH_VLLM = {with_vllm}\n{_PROBE}"],
@@ -180,11 +208,10 @@ def describe(report: Report) -> str:
             out.append(f"  {library['path']}")
     if report.features:
         out.append("features")
-        width = 2 + max(len(feature["name"]) for feature in report.features)
         for feature in report.features:
-            switch = "on " if feature["on"] else "off"
-            out.append(f"  {switch} {feature['name']:<{width}}{feature['state']}: {feature['changes']}")
-            out.append(f"      {'':<{width}}needs {feature['needs']}")
+            out.append(f"  {'on ' if feature['on'] else 'off'} {feature['name']}: {feature['state']}")
+            out.append(f"      {feature['changes']}")
+            out.append(f"      needs {feature['needs']}")
     if report.switches:
         out.append("switches")
         out += [f"  {name}={value}" for name, value in report.switches.items()]

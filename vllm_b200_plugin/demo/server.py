@@ -37,7 +37,7 @@ _STAGES = (
 )
 PLUGIN_FAILED = f"Failed to load plugin {ENTRY_POINT}"
 _OURS = "[b200] "
-_THEIRS = re.compile(r"(Selected \S+ for .+|Using .*(?:MoE|attention) backend.*)$", re.IGNORECASE)
+_THEIRS = re.compile(r"(Selected \S+ for .+|Using .*(?:MoE|attention) backend)\b", re.IGNORECASE)
 _ERROR = re.compile(r"\b\w*(?:Error|Exception): .*\S")
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
