@@ -33,10 +33,6 @@ class B200CpuFp8BlockExperts(_Base):
         return True
 
     @staticmethod
-    def _supports_batch_invariance() -> bool:
-        return False
-
-    @staticmethod
     def is_supported_config(
         cls: Any, moe_config: Any, weight_key: Any, activation_key: Any, activation_format: Any
     ) -> tuple[bool, str | None]:

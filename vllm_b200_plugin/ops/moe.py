@@ -2,6 +2,7 @@
 
 import torch
 
+from vllm_b200_plugin.ops._library import torch_library
 from vllm_b200_plugin.ops.gemm import fp8_block_scaled_mm
 from vllm_b200_plugin.ops.quant import per_token_group_quant
 
@@ -38,13 +39,37 @@ def fp8_block_scaled_moe(
         ValueError: an argument is not as above.
     """
     _check(x, w13, w2, topk_weights, topk_ids)
-    out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    return torch.ops.vllm_b200.fp8_block_scaled_moe(
+        x, w13, w13_scale, w2, w2_scale, topk_weights, topk_ids, list(block_shape)
+    )
+
+
+torch_library.define(
+    "fp8_block_scaled_moe(Tensor x, Tensor w13, Tensor w13_scale, Tensor w2, Tensor w2_scale, Tensor topk_weights, "
+    "Tensor topk_ids, int[] block_shape) -> Tensor"
+)
+
+
+@torch.library.register_fake("vllm_b200::fp8_block_scaled_moe", lib=torch_library)
+def _fake(x: torch.Tensor, *args: object) -> torch.Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@torch.library.impl(torch_library, "fp8_block_scaled_moe", "CPU")
+def _reference(
+    x: torch.Tensor, w13: torch.Tensor, w13_scale: torch.Tensor, w2: torch.Tensor, w2_scale: torch.Tensor,
+    topk_weights: torch.Tensor, topk_ids: torch.Tensor, block_shape: list[int],
+) -> torch.Tensor:  # fmt: skip
+    block = (block_shape[0], block_shape[1])
+    out = torch.zeros(x.shape, dtype=torch.float32)
     for expert in topk_ids[topk_ids >= 0].unique().tolist():
+        if expert >= w13.shape[0]:
+            raise ValueError(f"topk_ids: takes ids below {w13.shape[0]}, got {expert}")
         tokens, slots = (topk_ids == expert).nonzero(as_tuple=True)
-        hidden = _linear(x[tokens], w13[expert], w13_scale[expert], block_shape, x.dtype)
+        hidden = _linear(x[tokens], w13[expert], w13_scale[expert], block, x.dtype)
         gate, up = hidden.float().chunk(2, dim=-1)
         hidden = (torch.nn.functional.silu(gate) * up).to(x.dtype)
-        hidden = _linear(hidden, w2[expert], w2_scale[expert], block_shape, torch.float32)
+        hidden = _linear(hidden, w2[expert], w2_scale[expert], block, torch.float32)
         out.index_add_(0, tokens, hidden * topk_weights[tokens, slots].float().unsqueeze(-1))
     return out.to(x.dtype)
 
@@ -71,5 +96,3 @@ def _check(
         raise ValueError(f"topk_ids: takes integers [{num_tokens}, topk], got {topk_ids.dtype} {tuple(topk_ids.shape)}")
     if topk_weights.shape != topk_ids.shape:
         raise ValueError(f"topk_weights: takes {tuple(topk_ids.shape)}, got {tuple(topk_weights.shape)}")
-    if topk_ids.numel() and int(topk_ids.max()) >= w13.shape[0]:
-        raise ValueError(f"topk_ids: takes ids below {w13.shape[0]}, got {int(topk_ids.max())}")
