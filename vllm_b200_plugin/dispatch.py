@@ -10,6 +10,7 @@ DEEP_GEMM = "deep_gemm"
 FLASHINFER_SWAP_AB = "flashinfer_swap_ab"
 CUTLASS = "cutlass"
 TRITON = "triton"
+REFERENCE = "reference"  # in PyTorch, on CPU
 VLLM = "vllm"  # none of ours: vLLM goes on through its own list
 
 GROUP_SIZE = 128
@@ -53,6 +54,7 @@ FITS = {
     DEEP_GEMM: "bfloat16 out, N % 64 == 0 and K % 128 == 0",
     CUTLASS: "CUTLASS takes bfloat16 and float16 out, N % 16 == 0 and K % 128 == 0",
     TRITON: "Triton takes any out dtype and any N, K % 128 == 0",
+    REFERENCE: "on any processor",
 }
 
 

@@ -67,6 +67,13 @@ LINEAR_BACKENDS = Private(
     "to keep ours where the user asks for the GEMM that ours runs",
     _LINEAR_LIST + " and name its backend",
 )
+LINEAR_BACKEND = Private(
+    _LINEAR,
+    "_get_linear_backend",
+    "function: the --linear-backend in force for a quantisation",
+    "to give way to CUTLASS except where the user asks for Triton",
+    _LINEAR_LIST,
+)
 FP8_BLOCK_BASE = Private(
     _LINEAR,
     "Fp8BlockScaledMMLinearKernel",

@@ -25,17 +25,21 @@ _Triton: Any = vllm_compat.TRITON_KERNEL.get()
 
 
 class _OneOp:
-    """Mixin before a vLLM kernel class: quantisation and GEMM in one op, and a line in the log."""
+    """Mixin before a vLLM kernel class: quantisation and GEMM in one op, and a line in the log.
+
+    engine: what the op runs. kernel: its GEMM's name in dispatch.py. runs: the same in words.
+    """
 
     engine: ClassVar[Engine]
-    reason: ClassVar[str]
+    kernel: ClassVar[str]
+    runs: ClassVar[str]
     config: Any
     weight_group_shape: Any
     _get_layer_params: Any
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)  # type: ignore[call-arg]
-        report.chosen(_LAYER_KIND, type(self).__name__, self.reason)
+        report.chosen(_LAYER_KIND, type(self).__name__, f"{self.runs}; {_reason(self.kernel, config)}")
 
     def apply_weights(
         self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None, **kwargs: Any
@@ -56,38 +60,52 @@ class _OneOp:
         return out.view(*x.shape[:-1], params.weight.shape[0])
 
 
-def _refusal(kernel: str, config: Any) -> str | None:
+def _shapes(config: Any) -> tuple[torch.dtype, tuple[int, int], tuple[int, int]]:
+    """Arguments of the rules in dispatch.py. vLLM gives the weight's shape on this rank."""
+    n, k = config.weight_shape
     block = config.weight_quant_key.scale.group_shape
-    return dispatch.fp8_block_refusal(kernel, config.out_dtype, tuple(config.weight_shape), (block.row, block.col))
+    return config.out_dtype, (n, k), (block.row, block.col)
 
 
-class B200DeepGemmFp8BlockKernel(_OneOp, _DeepGemm):
+def _reason(kernel: str, config: Any) -> str:
+    if kernel == dispatch.REFERENCE:
+        return dispatch.FITS[kernel]
+    choice = dispatch.fp8_block_linear(*_shapes(config))
+    if choice.kernel == kernel:
+        return choice.reason
+    return f"{dispatch.FITS[kernel]}; {choice.kernel} would come first but is missing, excluded or switched off"
+
+
+class _InPlaceOf(_OneOp):
+    """Takes the layers that `theirs`, the vLLM class that ours stands before, and the rule in dispatch.py allow."""
+
+    theirs: ClassVar[Any]
+
+    @classmethod
+    def can_implement(cls, config: Any) -> tuple[bool, str | None]:
+        if vllm_compat.is_disabled(cls.theirs):
+            return False, f"VLLM_DISABLED_KERNELS names {cls.theirs.__name__}, whose GEMM this is"
+        if refusal := dispatch.fp8_block_refusal(cls.kernel, *_shapes(config)):
+            return False, refusal
+        return super().can_implement(config)  # type: ignore[misc]
+
+
+class B200DeepGemmFp8BlockKernel(_InPlaceOf, _DeepGemm):
     """Our quantisation, then DeepGEMM, with scales as vLLM's oracle wants them on this GPU."""
 
-    engine = Engine.DEEP_GEMM
-    reason = f"our group quant + DeepGEMM; {dispatch.FITS[dispatch.DEEP_GEMM]}"
+    engine, kernel, theirs = Engine.DEEP_GEMM, dispatch.DEEP_GEMM, _DeepGemm
+    runs = "our group quant + DeepGEMM"
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         machine()
 
-    @classmethod
-    def can_implement(cls, config: Any) -> tuple[bool, str | None]:
-        if vllm_compat.is_disabled(_DeepGemm):
-            return False, f"VLLM_DISABLED_KERNELS names {_DeepGemm.__name__}, whose GEMM this is"
-        if refusal := _refusal(dispatch.DEEP_GEMM, config):
-            return False, refusal
-        return super().can_implement(config)
-
 
 class B200FlashInferDeepGemmFp8BlockKernel(B200DeepGemmFp8BlockKernel):
-    """For Hopper: below 32 tokens FlashInfer's GEMM with swapped operands, fed with what our quantisation wrote."""
+    """For Hopper: for few tokens FlashInfer's GEMM with swapped operands, fed with what our quantisation wrote."""
 
     engine = Engine.FLASHINFER_DEEP_GEMM
-    reason = (
-        f"our group quant + FlashInfer's swap-AB GEMM below {dispatch.SWAP_AB_BELOW} tokens, else DeepGEMM; "
-        f"{dispatch.FITS[dispatch.DEEP_GEMM]}"
-    )
+    runs = f"our group quant + FlashInfer's swap-AB GEMM below {dispatch.SWAP_AB_BELOW} tokens, else DeepGEMM"
 
     @classmethod
     def can_implement(cls, config: Any) -> tuple[bool, str | None]:
@@ -100,41 +118,38 @@ class B200FlashInferDeepGemmFp8BlockKernel(B200DeepGemmFp8BlockKernel):
         return super().can_implement(config)
 
 
-class B200CutlassFp8BlockKernel(_OneOp, _Cutlass):
+class B200CutlassFp8BlockKernel(_InPlaceOf, _Cutlass):
     """Our quantisation, then vLLM's CUTLASS GEMM: for layers that DeepGEMM does not take."""
 
-    engine = Engine.CUTLASS
-    reason = f"our group quant + vLLM's CUTLASS GEMM; {dispatch.FITS[dispatch.CUTLASS]}"
-
-    @classmethod
-    def can_implement(cls, config: Any) -> tuple[bool, str | None]:
-        if vllm_compat.is_disabled(_Cutlass):
-            return False, f"VLLM_DISABLED_KERNELS names {_Cutlass.__name__}, whose GEMM this is"
-        if refusal := _refusal(dispatch.CUTLASS, config):
-            return False, refusal
-        return super().can_implement(config)
+    engine, kernel, theirs = Engine.CUTLASS, dispatch.CUTLASS, _Cutlass
+    runs = "our group quant + vLLM's CUTLASS GEMM"
 
 
-class B200TritonFp8BlockKernel(_OneOp, _Triton):
+class B200TritonFp8BlockKernel(_InPlaceOf, _Triton):
     """Our quantisation, then vLLM's Triton GEMM: for layers that neither DeepGEMM nor CUTLASS takes."""
 
-    engine = Engine.TRITON
-    reason = f"our group quant + vLLM's Triton GEMM; {dispatch.FITS[dispatch.TRITON]}"
+    engine, kernel, theirs = Engine.TRITON, dispatch.TRITON, _Triton
+    runs = "our group quant + vLLM's Triton GEMM"
 
     @classmethod
     def can_implement(cls, config: Any) -> tuple[bool, str | None]:
-        if vllm_compat.is_disabled(_Triton):
-            return False, f"VLLM_DISABLED_KERNELS names {_Triton.__name__}, whose GEMM this is"
-        if refusal := _refusal(dispatch.TRITON, config):
-            return False, refusal
+        # It stands before vLLM's CUTLASS class, which takes layers that its GEMM cannot do, but must not outdo it.
+        backend = vllm_compat.LINEAR_BACKEND.get()(quantization="fp8_block_w8a8")
+        if (
+            backend != "triton"
+            and not vllm_compat.is_disabled(_Cutlass)
+            and _Cutlass.is_supported()[0]
+            and dispatch.fp8_block_refusal(dispatch.CUTLASS, *_shapes(config)) is None
+        ):
+            return False, "CUTLASS takes the layer and comes first"
         return super().can_implement(config)
 
 
 class B200CpuFp8BlockKernel(_OneOp, _Base):
     """The reference, with the arithmetic of the GPU kernels. vLLM's own on CPU keeps the activation in bf16."""
 
-    engine = Engine.REFERENCE
-    reason = "reference with W8A8 arithmetic, on any processor"
+    engine, kernel = Engine.REFERENCE, dispatch.REFERENCE
+    runs = "reference with W8A8 arithmetic"
 
     @classmethod
     def is_supported(cls, compute_capability: int | None = None) -> tuple[bool, str | None]:
@@ -169,8 +184,8 @@ def apply() -> None:
     if not platform.is_cuda():
         raise NotForThisPlatform(f"for CUDA and CPU, vLLM runs on {platform.device_name}")
     library.require()
-    _insert(platforms.CUDA, B200TritonFp8BlockKernel, before=_Triton, backend="triton")
     _insert(platforms.CUDA, B200CutlassFp8BlockKernel, before=_Cutlass, backend="cutlass")
+    _insert(platforms.CUDA, B200TritonFp8BlockKernel, before=_Cutlass, backend="triton")
     _insert(platforms.CUDA, B200DeepGemmFp8BlockKernel, before=None, backend="deep_gemm")
     _insert(platforms.CUDA, B200FlashInferDeepGemmFp8BlockKernel, before=None, backend="flashinfer_cutlass")
 

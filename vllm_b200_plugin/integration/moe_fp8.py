@@ -22,7 +22,7 @@ class B200CpuFp8BlockExperts(_Base):
 
     def __init__(self, moe_config: Any, quant_config: Any) -> None:
         super().__init__(moe_config, quant_config)
-        report.chosen("FP8 block experts", type(self).__name__, "reference with W8A8 arithmetic, on any processor")
+        report.chosen("FP8 block experts", type(self).__name__, "reference with W8A8 arithmetic; on any processor")
 
     @staticmethod
     def _supports_current_device() -> bool:

@@ -1,0 +1,31 @@
+"""Runs Python in a process of its own, for what changes a process for good: loading the plugin, faking a platform."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+TESTS = Path(__file__).parent
+
+
+def run(code: str, **env: str) -> subprocess.CompletedProcess[str]:
+    """The finished process; `env` on top of ours, in which VLLM_* variables are left out."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("VLLM_")}
+    paths = [str(TESTS), *filter(None, [clean.get("PYTHONPATH")])]
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**clean, "PYTHONPATH": os.pathsep.join(paths), "VLLM_NO_USAGE_STATS": "1", **env},
+    )
+
+
+def answer(code: str, **env: str) -> Any:
+    """What `code` prints last, as JSON. What it logs is on the error of the test that fails."""
+    done = run(code, **env)
+    assert done.returncode == 0, done.stderr[-4000:]
+    print(done.stderr[-4000:])
+    return json.loads(done.stdout.strip().splitlines()[-1])

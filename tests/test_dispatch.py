@@ -1,0 +1,74 @@
+"""Policy tables."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from vllm_b200_plugin import dispatch
+from vllm_b200_plugin.dispatch import CUTLASS, DEEP_GEMM, FLASHINFER_SWAP_AB, TRITON, VLLM
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+@pytest.mark.parametrize(
+    "weight_shape, out_dtype, kernel, words",
+    [
+        ((2112, 7168), BF16, DEEP_GEMM, "N % 64 == 0 and K % 128 == 0"),
+        ((576, 7168), BF16, DEEP_GEMM, "N % 64 == 0 and K % 128 == 0"),
+        ((64, 128), BF16, DEEP_GEMM, "N % 64 == 0 and K % 128 == 0"),
+        ((96, 64), BF16, VLLM, "K % 128 == 0, got K=64"),
+        ((2112, 7100), BF16, VLLM, "K % 128 == 0, got K=7100"),
+        ((96, 128), BF16, CUTLASS, "N % 64 == 0, got N=96"),
+        ((2112, 7168), FP16, CUTLASS, "bfloat16 out, got float16"),
+        ((2112, 7168), FP32, TRITON, "got float32"),
+        ((8, 128), BF16, TRITON, "N % 16 == 0, got N=8"),
+    ],
+)
+def test_fp8_block_linear(weight_shape, out_dtype, kernel, words):
+    choice = dispatch.fp8_block_linear(out_dtype, weight_shape)
+    assert choice.kernel == kernel
+    assert words in choice.reason
+
+
+def test_fp8_block_linear_takes_the_next_where_one_is_missing():
+    without = {DEEP_GEMM: CUTLASS, CUTLASS: DEEP_GEMM}
+    for missing, kernel in without.items():
+        available = {DEEP_GEMM, CUTLASS, TRITON} - {missing}
+        assert dispatch.fp8_block_linear(BF16, (2112, 7168), available=available).kernel == kernel
+    choice = dispatch.fp8_block_linear(BF16, (2112, 7168), available={TRITON})
+    assert choice.kernel == TRITON
+    assert "deep_gemm is not available; cutlass is not available" in choice.reason
+    assert dispatch.fp8_block_linear(BF16, (2112, 7168), available=()).kernel == VLLM
+
+
+def test_fp8_block_linear_takes_128x128_blocks_only():
+    choice = dispatch.fp8_block_linear(BF16, (2112, 7168), (64, 64))
+    assert choice.kernel == VLLM
+    assert "128x128, got 64x64" in choice.reason
+
+
+@pytest.mark.parametrize(
+    "num_tokens, capability, flashinfer, batch_invariant, kernel",
+    [
+        (1, (9, 0), True, False, FLASHINFER_SWAP_AB),
+        (31, (9, 0), True, False, FLASHINFER_SWAP_AB),
+        (32, (9, 0), True, False, DEEP_GEMM),
+        (4096, (9, 0), True, False, DEEP_GEMM),
+        (1, (9, 0), False, False, DEEP_GEMM),
+        (1, (9, 0), True, True, DEEP_GEMM),
+        (1, (10, 0), True, False, DEEP_GEMM),
+        (1, (12, 0), True, False, DEEP_GEMM),
+    ],
+)
+def test_fp8_block_gemm(num_tokens, capability, flashinfer, batch_invariant, kernel):
+    choice = dispatch.fp8_block_gemm(num_tokens, capability, flashinfer=flashinfer, batch_invariant=batch_invariant)
+    assert choice.kernel == kernel
+    assert choice.reason
+
+
+def test_imports_no_vllm():
+    code = "import sys, vllm_b200_plugin.dispatch; print('vllm' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
