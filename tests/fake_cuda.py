@@ -7,8 +7,10 @@ For a child process, before anything of vLLM but its plugin loader is imported:
     print(select((2112, 7168)))
 """
 
+import functools
 import sys
 import types
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -77,16 +79,22 @@ def _define_ops(capability: tuple[int, int]) -> None:
     ):
         lib.define(f"{name}(int cuda_device_capability) -> bool")
         lib.impl(name, lambda cc, minimum=minimum: cc >= minimum, "CompositeExplicitAutograd")
-    quant_ops = (
-        ("per_token_group_fp8_quant", "output_s", "fp8", FLAGS),
+    define_quant_ops(lib, "CUDA", lambda *args: None)
+    _kept.append(lib)
+
+
+def define_quant_ops(
+    library: torch.library.Library, dispatch_key: str, kernel: Callable[..., None], flags: str = FLAGS
+) -> None:
+    """vLLM's group quantisation ops, each of which calls kernel(its name, *arguments)."""
+    for name, scale, kind, extra in (
+        ("per_token_group_fp8_quant", "output_s", "fp8", flags),
         ("per_token_group_fp8_quant_packed", "output_s_packed", "fp8", ""),
         ("per_token_group_quant_int8", "output_s", "int8", ""),
-    )
-    for name, scale, kind, flags in quant_ops:
+    ):
         tensors = f"Tensor input, Tensor(a!) output_q, Tensor(b!) {scale}"
-        lib.define(f"{name}({tensors}, int group_size, float eps, float {kind}_min, float {kind}_max{flags}) -> ()")
-        lib.impl(name, lambda *args: None, "CUDA")
-    _kept.append(lib)
+        library.define(f"{name}({tensors}, int group_size, float eps, float {kind}_min, float {kind}_max{extra}) -> ()")
+        library.impl(name, functools.partial(kernel, name), dispatch_key)
 
 
 @contextmanager

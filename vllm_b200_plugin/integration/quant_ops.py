@@ -4,6 +4,7 @@ The ops keep their names, so that vLLM's MoE layers and fused passes, which call
 kernel stays behind for the arguments that ours does not take.
 """
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -38,8 +39,10 @@ def override(namespace: str, dispatch_key: str) -> None:
         raise FeatureUnavailable(f"torch {torch.__version__} lacks torch.library.get_kernel, to keep vLLM's kernel by")
     originals = {name: _original(namespace, name, dispatch_key) for name in vllm_compat.QUANT_OPS}
     ours = torch.library.Library(namespace, "IMPL")
-    for name, original in originals.items():
-        ours.impl(name, _instead_of(original, _TAKES[name]), dispatch_key, with_keyset=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns that a kernel is overridden, which is what we want
+        for name, original in originals.items():
+            ours.impl(name, _instead_of(original, _TAKES[name]), dispatch_key, with_keyset=True)
     _libraries[namespace] = ours
 
 
