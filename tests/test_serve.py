@@ -38,7 +38,12 @@ def test_fp8_demo_answers_with_our_kernels(tmp_path):
     assert (tmp_path / "model" / "model.safetensors").is_file()
 
 
+def shared_memory() -> "set[Path]":
+    return set(Path("/dev/shm").glob("psm_*"))
+
+
 def test_interrupt_stops_every_process(tmp_path):
+    before = shared_memory()
     log = tmp_path / "out"
     with log.open("w") as out:
         demo = subprocess.Popen(
@@ -57,5 +62,6 @@ def test_interrupt_stops_every_process(tmp_path):
         finally:
             demo.kill()
     assert_gone(started)
+    assert shared_memory() <= before
     assert "server stopped" in log.read_text()
     assert "Traceback" not in log.read_text()

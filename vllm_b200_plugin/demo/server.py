@@ -188,18 +188,18 @@ class Server:
         group = self.process.pid
         if self._exit_code() is None:
             self.process.terminate()
-            deadline = time.monotonic() + grace
-            while self._exit_code() is None and time.monotonic() < deadline:
-                time.sleep(0.1)
-        # The leader is not reaped yet, so the number cannot belong to another group.
+            _wait_until(lambda: self._exit_code() is not None, grace)
+        # The leader is not reaped yet, so the number cannot belong to another group. Python's resource
+        # tracker removes the shared memory of the killed ones, and ends when the last of them has.
+        for pid, command in _members(group).items():
+            if "resource_tracker" not in command:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        _wait_until(lambda: not _members(group), 5)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(group, signal.SIGKILL)
         self.process.wait()
-        deadline = time.monotonic() + 5
-        with contextlib.suppress(ProcessLookupError):
-            while time.monotonic() < deadline:
-                os.killpg(group, 0)
-                time.sleep(0.05)
+        _wait_until(lambda: not _members(group), 5)
 
     def _exit_code(self) -> int | None:
         """Of the server, or None while it runs. Leaves it to stop() to reap, which needs its group number."""
@@ -215,6 +215,25 @@ class Server:
                 return answer.status == 200
         except OSError:
             return False
+
+
+def _members(group: int) -> dict[int, str]:
+    """The processes of a group that still run: id -> command line."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # ended meanwhile
+            state, _, its_group = (folder / "stat").read_text().rpartition(")")[2].split()[:3]
+            if int(its_group) == group and state not in "ZX":
+                found[int(folder.name)] = (
+                    (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                )
+    return found
+
+
+def _wait_until(condition: Callable[[], bool], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.05)
 
 
 def _open(request: "urllib.request.Request | str", timeout: float):  # type: ignore[no-untyped-def]
