@@ -1,6 +1,5 @@
 """Per-token-group quantisation: ours, vLLM's CUDA ops, vLLM's Triton kernels, FlashInfer's Hopper quantiser."""
 
-import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +8,7 @@ import torch
 from benchmarks import families
 from benchmarks.cases.quant import GroupQuantCase, benchmarks
 from benchmarks.families import Missing, Run
+from benchmarks.families._common import import_peer
 from vllm_b200_plugin.ops.quant import QUANT_MAX, ScaleLayout, empty_scale, per_token_group_quant
 
 OP = "group_quant"
@@ -49,7 +49,7 @@ def ours(case: GroupQuantCase, seed: int) -> Run:
 
 
 def vllm(case: GroupQuantCase, seed: int) -> Run:
-    _import("vllm._custom_ops")
+    import_peer("vllm._custom_ops")
     x, q, scale = _tensors(case, seed)
     ops, qmax = torch.ops._C, QUANT_MAX[case.dtype]
     if case.layout is ScaleLayout.PACKED_UE8M0:
@@ -70,7 +70,7 @@ def vllm(case: GroupQuantCase, seed: int) -> Run:
 
 
 def vllm_triton(case: GroupQuantCase, seed: int) -> Run:
-    module = _import("vllm.model_executor.layers.quantization.utils.fp8_utils")
+    module = import_peer("vllm.model_executor.layers.quantization.utils.fp8_utils")
     if case.dtype != E4M3 or case.layout is ScaleLayout.PACKED_UE8M0:
         raise Missing("vLLM's Triton quantiser writes FP8 with fp32 scales only")
     x, q, scale = _tensors(case, seed)
@@ -93,7 +93,7 @@ def vllm_triton(case: GroupQuantCase, seed: int) -> Run:
 
 
 def flashinfer(case: GroupQuantCase, seed: int) -> Run:
-    gemm = _import("flashinfer.gemm.gemm_base")
+    gemm = import_peer("flashinfer.gemm.gemm_base")
     if case.dtype != E4M3 or case.layout is not ScaleLayout.COLUMN_TMA or case.ue8m0 or case.group_size != 128:
         raise Missing("FlashInfer's Hopper quantiser writes FP8 with column-major TMA-aligned fp32 scales only")
     if torch.cuda.get_device_capability() != (9, 0):
@@ -134,10 +134,3 @@ def check(case: GroupQuantCase, seed: int, outputs: tuple[torch.Tensor, ...]) ->
         exact &= torch.equal(q[rows].cpu().view(torch.uint8), expected[0].view(torch.uint8))
         exact &= torch.equal(scale[rows].cpu(), expected[1])
     return error == error and abs(error) < limit, {"error": error, "bit_exact": exact}
-
-
-def _import(module: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise Missing(f"{module.split('.')[0]} is not installed ({error})") from None
