@@ -1,0 +1,97 @@
+"""Quantisation with one scale per token or per tensor: vLLM's CUDA ops and what torch.compile makes of the same."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from benchmarks.cases.token_quant import TokenQuantCase, benchmarks
+from benchmarks.families import Run
+from benchmarks.families._common import (
+    E4M3,
+    E4M3_MAX,
+    FP8_LIMIT,
+    compiled,
+    error_of,
+    generator,
+    normal,
+    verdict,
+    vllm_op,
+)
+
+OP = "token_quant"
+INT8_MAX = 127.0
+STATIC_SCALE = 1 / 64  # normal values reach 5 to 6: within the format
+cases = benchmarks
+
+
+def record(case: TokenQuantCase) -> dict[str, Any]:
+    return {
+        "m": case.num_tokens,
+        "n": None,
+        "k": case.hidden_size,
+        "dtype": case.dtype_name,
+        "layout": "per_tensor" if case.static else "per_token",
+        "bytes": case.num_bytes,
+        "flops": 0,
+    }
+
+
+def _input(case: TokenQuantCase, seed: int) -> torch.Tensor:
+    return normal((case.num_tokens, case.hidden_size), generator(seed))
+
+
+def _tensors(case: TokenQuantCase, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    x = _input(case, seed)
+    q = torch.empty(x.shape, dtype=case.dtype, device=x.device)
+    if case.static:
+        return x, q, torch.full((1,), STATIC_SCALE, device=x.device)
+    return x, q, torch.empty(case.num_tokens, 1, device=x.device)
+
+
+def vllm(case: TokenQuantCase, seed: int) -> Run:
+    if case.static:
+        static = vllm_op("static_scaled_fp8_quant")
+        x, q, scale = _tensors(case, seed)
+        return Run(lambda: static(q, x, scale, None), (q,))
+    dynamic = vllm_op("dynamic_scaled_int8_quant" if case.dtype == torch.int8 else "dynamic_per_token_scaled_fp8_quant")
+    x, q, scale = _tensors(case, seed)
+    return Run(lambda: dynamic(q, x, scale, None), (q, scale))
+
+
+def inductor(case: TokenQuantCase, seed: int) -> Run:
+    x, q, scale = _tensors(case, seed)
+    if case.static:
+        static = compiled(_static_fp8)
+        return Run(lambda: static(x, q, scale), (q,))
+    dynamic = compiled(_dynamic_int8 if case.dtype == torch.int8 else _dynamic_fp8)
+    return Run(lambda: dynamic(x, q, scale), (q, scale))
+
+
+def _static_fp8(x: torch.Tensor, q: torch.Tensor, scale: torch.Tensor) -> None:
+    q.copy_((x.float() / scale).clamp(-E4M3_MAX, E4M3_MAX).to(E4M3))
+
+
+def _dynamic_fp8(x: torch.Tensor, q: torch.Tensor, scale: torch.Tensor) -> None:
+    scale.copy_(x.abs().amax(-1, keepdim=True).float() / E4M3_MAX)
+    q.copy_((x.float() / scale).clamp(-E4M3_MAX, E4M3_MAX).to(E4M3))
+
+
+def _dynamic_int8(x: torch.Tensor, q: torch.Tensor, scale: torch.Tensor) -> None:
+    scale.copy_(x.abs().amax(-1, keepdim=True).float() / INT8_MAX)
+    q.copy_((x.float() / scale).round().clamp(-128, 127).to(torch.int8))
+
+
+IMPLEMENTATIONS: dict[str, Callable[[TokenQuantCase, int], Run]] = {"vllm": vllm, "inductor": inductor}
+
+
+def check(case: TokenQuantCase, seed: int, outputs: tuple[torch.Tensor, ...]) -> tuple[bool, dict[str, Any]]:
+    """Right when q * scale is x within the format's error, and every scale fits its row's largest value."""
+    x = _input(case, seed).double()
+    if case.static:
+        return verdict(error_of(outputs[0].double() * STATIC_SCALE, x), FP8_LIMIT)
+    q, scale = outputs
+    qmax = INT8_MAX if case.dtype == torch.int8 else E4M3_MAX
+    expected = x.abs().amax(-1, keepdim=True) / qmax
+    scales_right = torch.allclose(scale.double().view_as(expected), expected, rtol=1e-5, atol=0)
+    return verdict(error_of(q.double() * scale.double(), x), FP8_LIMIT, scales_right=scales_right)
