@@ -1,0 +1,121 @@
+"""Cases of the ops around and in a mixture-of-experts layer."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+
+TOP_K = 8
+
+
+@dataclass(frozen=True)
+class MoeAlignCase:
+    """Sorting the routed tokens by expert, each expert's padded to multiples of block_size."""
+
+    num_tokens: int
+    num_experts: int
+    block_size: int
+
+    def __str__(self) -> str:
+        return f"{self.num_tokens}-E{self.num_experts}-k{TOP_K}-block{self.block_size}"
+
+    @property
+    def num_bytes(self) -> int:
+        """32-bit ids in, and out as many sorted ids and one expert a block, as if nothing had to be padded."""
+        routed = self.num_tokens * TOP_K
+        return 4 * (2 * routed + -(-routed // self.block_size))
+
+
+@dataclass(frozen=True)
+class TopKCase:
+    """Choosing TOP_K experts: softmax of all, or sigmoid with a bias from the best of the groups of experts."""
+
+    num_tokens: int
+    num_experts: int
+    num_groups: int = 1
+    num_groups_kept: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.num_tokens}-E{self.num_experts}-k{TOP_K}-{self.layout_name}"
+
+    @property
+    def grouped(self) -> bool:
+        return self.num_groups > 1
+
+    @property
+    def layout_name(self) -> str:
+        return f"groups{self.num_groups}of{self.num_groups_kept}" if self.grouped else "softmax"
+
+    @property
+    def num_bytes(self) -> int:
+        """fp32 logits and the bias in, fp32 weights and 32-bit ids out."""
+        return 4 * (self.num_tokens * (self.num_experts + 2 * TOP_K) + (self.num_experts if self.grouped else 0))
+
+
+@dataclass(frozen=True)
+class MoeSumCase:
+    """The sum of a token's TOP_K expert outputs."""
+
+    num_tokens: int
+    hidden_size: int
+
+    def __str__(self) -> str:
+        return f"{self.num_tokens}x{TOP_K}x{self.hidden_size}"
+
+    @property
+    def num_bytes(self) -> int:
+        return 2 * self.num_tokens * (TOP_K + 1) * self.hidden_size
+
+
+@dataclass(frozen=True)
+class FusedExpertsCase:
+    """All of the routed experts: quantisation, both products, activation and weighted sum."""
+
+    num_tokens: int
+    num_experts: int
+    hidden_size: int
+    intermediate_size: int
+
+    def __str__(self) -> str:
+        return f"{self.num_tokens}-{self.experts_name}-{self.hidden_size}x{self.intermediate_size}"
+
+    @property
+    def experts_name(self) -> str:
+        return f"E{self.num_experts}-k{TOP_K}"
+
+    @property
+    def flops(self) -> int:
+        return 6 * self.num_tokens * TOP_K * self.hidden_size * self.intermediate_size
+
+    @property
+    def num_bytes(self) -> int:
+        """FP8 weights and scales of as many experts as evenly spread routing hits on average; bf16 in and out."""
+        hit = self.num_experts * (1 - (1 - TOP_K / self.num_experts) ** self.num_tokens)
+        expert = 3 * self.hidden_size * self.intermediate_size
+        return round(hit * (expert + 4 * expert / 128**2)) + self.num_tokens * (4 * self.hidden_size + 8 * TOP_K)
+
+
+ALIGN_NUM_TOKENS = (1, 16, 256, 1024, 4096, 16384)
+TOP_K_NUM_TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384)
+SUM_NUM_TOKENS = (1, 16, 256, 4096)
+EXPERTS_NUM_TOKENS = (1, 2, 4, 8, 16, 64)
+
+
+def align_benchmarks() -> Iterator[MoeAlignCase]:
+    for num_tokens, num_experts, block_size in product(ALIGN_NUM_TOKENS, (128, 256), (16, 64)):
+        yield MoeAlignCase(num_tokens, num_experts, block_size)
+
+
+def top_k_benchmarks() -> Iterator[TopKCase]:
+    for num_tokens in TOP_K_NUM_TOKENS:
+        yield TopKCase(num_tokens, 128)  # Qwen3-30B-A3B
+        yield TopKCase(num_tokens, 256, 8, 4)  # DeepSeek-V3
+
+
+def sum_benchmarks() -> Iterator[MoeSumCase]:
+    for num_tokens, hidden_size in product(SUM_NUM_TOKENS, (2048, 7168)):
+        yield MoeSumCase(num_tokens, hidden_size)
+
+
+def fused_experts_benchmarks() -> Iterator[FusedExpertsCase]:
+    for num_tokens in EXPERTS_NUM_TOKENS:
+        yield FusedExpertsCase(num_tokens, 128, 2048, 768)  # Qwen3-30B-A3B
