@@ -13,11 +13,42 @@ from benchmarks import families
 from benchmarks.ceilings import measure_ceilings
 from benchmarks.compare import explain_slower, read_record, slower
 from benchmarks.environment import environment
-from benchmarks.families import group_quant
+from benchmarks.families import (
+    bf16_gemm,
+    fp8_block_gemm,
+    fp8_block_linear,
+    fp8_tensor_gemm,
+    fused_experts,
+    group_quant,
+    kv_cache,
+    moe_align,
+    moe_sum,
+    rms_norm_quant,
+    silu_quant,
+    token_quant,
+    topk,
+)
 from benchmarks.report import write_report
 from benchmarks.runner import run_case
 
-FAMILIES: dict[str, ModuleType] = {family.OP: family for family in (group_quant,)}
+FAMILIES: dict[str, ModuleType] = {
+    family.OP: family
+    for family in (
+        group_quant,
+        token_quant,
+        silu_quant,
+        rms_norm_quant,
+        kv_cache,
+        bf16_gemm,
+        fp8_tensor_gemm,
+        fp8_block_gemm,
+        fp8_block_linear,
+        moe_align,
+        topk,
+        moe_sum,
+        fused_experts,
+    )
+}
 
 
 def main(argv: list[str] | None = None) -> int:
