@@ -38,10 +38,7 @@ def _outputs(case: MoeAlignCase) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
     room = routed + case.num_experts * (block - 1)
     if routed < case.num_experts:
         room = min(room, routed * block)
-    return tuple(
-        torch.empty(size, dtype=torch.int32, device=families.device)
-        for size in (room, -(-room // block), 1)
-    )
+    return tuple(torch.empty(size, dtype=torch.int32, device=families.device) for size in (room, -(-room // block), 1))
 
 
 def vllm(case: MoeAlignCase, seed: int) -> Run:
