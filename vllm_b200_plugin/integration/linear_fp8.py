@@ -84,7 +84,7 @@ class _InPlaceOf(_OneOp):
     @classmethod
     def can_implement(cls, config: Any) -> tuple[bool, str | None]:
         if vllm_compat.is_disabled(cls.theirs):
-            return False, f"VLLM_DISABLED_KERNELS names {cls.theirs.__name__}, whose GEMM this is"
+            return False, f"VLLM_DISABLED_KERNELS names {cls.theirs.__name__}, which this is in place of"
         if refusal := dispatch.fp8_block_refusal(cls.kernel, *_shapes(config)):
             return False, refusal
         return super().can_implement(config)  # type: ignore[misc]
@@ -104,13 +104,11 @@ class B200DeepGemmFp8BlockKernel(_InPlaceOf, _DeepGemm):
 class B200FlashInferDeepGemmFp8BlockKernel(B200DeepGemmFp8BlockKernel):
     """For Hopper: for few tokens FlashInfer's GEMM with swapped operands, fed with what our quantisation wrote."""
 
-    engine = Engine.FLASHINFER_DEEP_GEMM
+    engine, theirs = Engine.FLASHINFER_DEEP_GEMM, _FlashInferDeepGemm
     runs = f"our group quant + FlashInfer's swap-AB GEMM below {dispatch.SWAP_AB_BELOW} tokens, else DeepGEMM"
 
     @classmethod
     def can_implement(cls, config: Any) -> tuple[bool, str | None]:
-        if vllm_compat.is_disabled(_FlashInferDeepGemm):
-            return False, f"VLLM_DISABLED_KERNELS names {_FlashInferDeepGemm.__name__}, whose GEMMs these are"
         if not vllm_compat.FLASHINFER_GEMM_SUPPORTED.get()():
             return False, "FlashInfer's fp8_blockscale_gemm_sm90 is for Hopper, and is not available or switched off"
         if vllm_compat.ENVS.get().VLLM_BATCH_INVARIANT:
