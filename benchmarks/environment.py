@@ -13,7 +13,7 @@ def environment() -> dict[str, str]:
     packages = ("torch", "triton", "vllm", "flashinfer-python", "vllm-b200-plugin")
     env = {name.replace("-", "_"): _version(name) for name in packages}
     env |= {"python": platform.python_version(), "cuda": torch.version.cuda or "", "commit": _commit()}
-    env["command"] = " ".join(["python", "-m", *sys.orig_argv[sys.orig_argv.index("-m") + 1 :]])
+    env["command"] = " ".join(["python", *sys.orig_argv[1:]])
     if torch.cuda.is_available():
         fields = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem"
         values = _output("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader").split(", ")

@@ -43,7 +43,7 @@ def run_case(
             runs.pop(name, None)
             row["missing"] = f"out of memory: {sets} sets of {base['bytes'] / 1e9:.2f} GB"
         except Exception as error:
-            if name == "ours":
+            if name.startswith("ours"):
                 raise
             runs.pop(name, None)
             row["missing"] = f"raises {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
@@ -54,7 +54,7 @@ def run_case(
             row |= {"us": round(timing.us, 3), "us_spread": round(timing.us_spread, 3)}
             if row["impl"] in chained:
                 row["us_chained"] = round(chained[row["impl"]], 3)
-            peers = {name: t.us for name, t in timings.items() if name != row["impl"]}
+            peers = {name: t.us for name, t in timings.items() if name != row["impl"] and not name.startswith("ours")}
             row |= _ratios(base, timing.us, peers, ceiling_gbs)
         yield row
     del recordings, runs

@@ -41,11 +41,15 @@ def _tensors(case: GroupQuantCase, seed: int) -> tuple[torch.Tensor, torch.Tenso
     )
 
 
-def ours(case: GroupQuantCase, seed: int) -> Run:
+def ours(case: GroupQuantCase, seed: int, pdl: bool = True) -> Run:
     x, q, scale = _tensors(case, seed)
     op = torch.ops.vllm_b200.per_token_group_quant
     packed = case.layout is ScaleLayout.PACKED_UE8M0
-    return Run(lambda: op(x, q, scale, case.group_size, EPS, case.ue8m0 or packed), (q, scale))
+    return Run(lambda: op(x, q, scale, case.group_size, EPS, case.ue8m0 or packed, pdl), (q, scale))
+
+
+def ours_no_pdl(case: GroupQuantCase, seed: int) -> Run:
+    return ours(case, seed, pdl=False)
 
 
 def vllm(case: GroupQuantCase, seed: int) -> Run:
@@ -105,6 +109,7 @@ def flashinfer(case: GroupQuantCase, seed: int) -> Run:
 
 IMPLEMENTATIONS: dict[str, Callable[[GroupQuantCase, int], Run]] = {
     "ours": ours,
+    "ours_no_pdl": ours_no_pdl,
     "vllm": vllm,
     "vllm_triton": vllm_triton,
     "flashinfer": flashinfer,

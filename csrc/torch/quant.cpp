@@ -23,7 +23,8 @@ OutputType output_type(const Tensor& q) {
 
 // The Python wrapper has named what is wrong in words; these checks keep a
 // direct call of the op from reading or writing out of range.
-void per_token_group_quant(const Tensor& x, Tensor q, Tensor scale, int64_t group_size, double eps, bool ue8m0) {
+void per_token_group_quant(const Tensor& x, Tensor q, Tensor scale, int64_t group_size, double eps, bool ue8m0,
+                           bool pdl) {
   const int64_t dim = x.dim();
   STD_TORCH_CHECK(dim == 2 || dim == 3, "x: takes 2 or 3 dimensions, got ", dim);
   STD_TORCH_CHECK(q.dim() == dim && scale.dim() == dim, "q and scale: take as many dimensions as x, ", dim);
@@ -73,6 +74,7 @@ void per_token_group_quant(const Tensor& x, Tensor q, Tensor scale, int64_t grou
   params.scale_stride_column = scale.stride(-1);
   params.scale_capacity = elements_to_storage_end(scale);
   params.eps = static_cast<float>(eps);
+  params.pdl = pdl;
   const ScaleType scale_type = packed  ? ScaleType::kPackedUE8M0
                                : ue8m0 ? ScaleType::kFloatPow2
                                        : ScaleType::kFloat;

@@ -5,15 +5,15 @@
 #include "../common/vec.cuh"
 #include "group_quant.h"
 
-// A warp takes kRows rows by 512 columns; a lane takes 16 consecutive columns
-// of each row, so group_size / 16 lanes share a group and everything between
-// the load and the store stays in registers. kRows = 2 keeps more loads in
-// flight; kRows = 1 spreads few rows over many SMs.
+// A warp takes 512 columns of a row, a lane 16 of them, so that group_size / 16
+// lanes share a group and everything between the load and the store stays in
+// registers. The warps of a block take consecutive rows: column-major scales
+// of a block then lie side by side.
 
 namespace vllm_b200 {
 namespace {
 
-constexpr int kWarps = 4;
+constexpr int kMaxWarps = 8;
 constexpr int kWarpColumns = 32 * kChunk;
 constexpr uint32_t kFullWarp = 0xffffffffu;
 
@@ -98,13 +98,13 @@ __device__ __forceinline__ float group_scale(uint32_t bits, float eps) {
   return scale;
 }
 
-// Where a lane's part of one tile lies.
+// Where a lane's part of one row lies.
 template <typename In, typename Out>
 struct Tile {
   const In* x;
   Out* q;
   uint32_t* scale;
-  int64_t room;  // elements of scale up to the end of its storage
+  bool scale_exists;  // padding rows of the last column may lie beyond the storage
 
   __device__ __forceinline__ Tile(const GroupQuantParams& p, int64_t batch, int64_t row, int column, int scale_column) {
     x = static_cast<const In*>(p.x) + batch * p.x_stride_batch + row * p.x_stride_row + column;
@@ -112,29 +112,12 @@ struct Tile {
     const int64_t offset =
         batch * p.scale_stride_batch + row * p.scale_stride_row + scale_column * p.scale_stride_column;
     scale = static_cast<uint32_t*>(p.scale) + offset;
-    room = p.scale_capacity - offset;
+    scale_exists = offset < p.scale_capacity;
   }
 };
 
-// Store the scales of kRows rows, padding rows included, as far as they exist.
-template <int kRows>
-__device__ __forceinline__ void store_scales(const GroupQuantParams& p, uint32_t* scale, int64_t room, int64_t row,
-                                             const uint32_t (&word)[kRows]) {
-  if constexpr (kRows == 2) {
-    const bool pair = row + 2 <= p.padded_rows && 2 <= room && p.scale_stride_row == 1;
-    if (pair && reinterpret_cast<uintptr_t>(scale) % 8 == 0) {
-      *reinterpret_cast<uint2*>(scale) = make_uint2(word[0], word[1]);
-      return;
-    }
-  }
-#pragma unroll
-  for (int i = 0; i < kRows; ++i) {
-    if (row + i < p.padded_rows && i * p.scale_stride_row < room) scale[i * p.scale_stride_row] = word[i];
-  }
-}
-
-template <typename In, typename Out, int kGroupSize, ScaleType kScale, int kRows, bool kAligned>
-__global__ void __launch_bounds__(32 * kWarps) group_quant_kernel(const __grid_constant__ GroupQuantParams p) {
+template <typename In, typename Out, int kGroupSize, ScaleType kScale, bool kAligned>
+__global__ void __launch_bounds__(32 * kMaxWarps) group_quant_kernel(const __grid_constant__ GroupQuantParams p) {
   static_assert(kGroupSize % kChunk == 0 && kGroupSize <= 128);
   constexpr bool kPow2 = kScale != ScaleType::kFloat;
   constexpr bool kPacked = kScale == ScaleType::kPackedUE8M0;
@@ -143,47 +126,36 @@ __global__ void __launch_bounds__(32 * kWarps) group_quant_kernel(const __grid_c
   using Divide = std::conditional_t<kPow2, PowerOfTwoDivisor, std::conditional_t<sizeof(In) == 4, ExactDivisor, Divisor>>;
 
   pdl_trigger();
-  const int lane = threadIdx.x % 32;
+  const int lane = threadIdx.x % 32, warps = blockDim.x / 32;
   const int column = blockIdx.x * kWarpColumns + lane * kChunk;
   const int scale_column = column / (kChunk * kLanesPerScale);
   const bool in_row = column < p.hidden_size;
-  constexpr int kRowsPerBlock = kWarps * kRows;
-  int64_t batch = blockIdx.z;
-  const int64_t first_row = static_cast<int64_t>(blockIdx.y) * kRowsPerBlock + threadIdx.x / 32 * kRows;
-  int64_t row = first_row;
+  const int64_t first_row = static_cast<int64_t>(blockIdx.y) * warps + threadIdx.x / 32;
+  int64_t batch = blockIdx.z, row = first_row;
 
   // The addresses before the wait: reading the launch's parameters takes as long as the work.
   Tile<In, Out> tile(p, batch, row, column, scale_column);
-  asm volatile("" ::"l"(tile.x), "l"(tile.q), "l"(tile.scale), "l"(tile.room), "l"(p.rows), "f"(p.eps));
+  asm volatile("" ::"l"(tile.x), "l"(tile.q), "l"(tile.scale), "l"(p.rows), "f"(p.eps));
   pdl_wait();
 
   while (row < p.padded_rows) {
-    Chunk<In> chunk[kRows];
-#pragma unroll
-    for (int i = 0; i < kRows; ++i) {
-      chunk[i] = {};
-      if (in_row && row + i < p.rows) load_chunk<In, kAligned>(chunk[i], tile.x + i * p.x_stride_row);
-    }
+    const bool valid = in_row && row < p.rows;
+    Chunk<In> chunk = {};
+    if (valid) load_chunk<In, kAligned>(chunk, tile.x);
+    const float scale = group_scale<Out, kGroupSize, kPow2>(absmax_bits(chunk), p.eps);
+    if (valid) quantize_chunk<In, Out, Divide>(chunk, scale, tile.q);
 
-    uint32_t scale_word[kRows];
-#pragma unroll
-    for (int i = 0; i < kRows; ++i) {
-      const bool valid = in_row && row + i < p.rows;
-      const float scale = group_scale<Out, kGroupSize, kPow2>(absmax_bits(chunk[i]), p.eps);
-      if (valid) quantize_chunk<In, Out, Divide>(chunk[i], scale, tile.q + i * p.q_stride_row);
-      scale_word[i] = valid ? __float_as_uint(scale) : 0;
-      if constexpr (kPacked) {
-        // Biased exponents; Inf and NaN both become 255, which is NaN in UE8M0.
-        uint32_t word = (scale_word[i] & 0x7fffffffu) >> 23 << (lane / kLanesPerGroup % 4 * 8);
-        word |= __shfl_xor_sync(kFullWarp, word, kLanesPerGroup);
-        word |= __shfl_xor_sync(kFullWarp, word, 2 * kLanesPerGroup);
-        scale_word[i] = word;
-      }
+    uint32_t word = valid ? __float_as_uint(scale) : 0;  // padding rows get 0
+    if constexpr (kPacked) {
+      // Biased exponents; Inf and NaN both become 255, which is NaN in UE8M0.
+      word = (word & 0x7fffffffu) >> 23 << (lane / kLanesPerGroup % 4 * 8);
+      word |= __shfl_xor_sync(kFullWarp, word, kLanesPerGroup);
+      word |= __shfl_xor_sync(kFullWarp, word, 2 * kLanesPerGroup);
     }
-    if (in_row && lane % kLanesPerScale == 0) store_scales<kRows>(p, tile.scale, tile.room, row, scale_word);
+    if (in_row && lane % kLanesPerScale == 0 && tile.scale_exists) *tile.scale = word;
 
-    // More tiles only where the grid's limit of 65535 blocks cuts it.
-    row += static_cast<int64_t>(gridDim.y) * kRowsPerBlock;
+    // More rows only where the grid's limit of 65535 blocks cuts it.
+    row += static_cast<int64_t>(gridDim.y) * warps;
     if (row >= p.padded_rows) {
       batch += gridDim.z;
       if (batch >= p.batches) break;
@@ -193,37 +165,32 @@ __global__ void __launch_bounds__(32 * kWarps) group_quant_kernel(const __grid_c
   }
 }
 
-template <typename In, typename Out, int kGroupSize, ScaleType kScale, int kRows, bool kAligned>
+template <typename In, typename Out, int kGroupSize, ScaleType kScale, bool kAligned>
 cudaError_t launch(const GroupQuantParams& p, cudaStream_t stream) {
   constexpr int64_t kMaxGridYZ = 65535;
-  const int64_t row_blocks = (p.padded_rows + kWarps * kRows - 1) / (kWarps * kRows);
-  const dim3 grid((p.hidden_size + kWarpColumns - 1) / kWarpColumns, std::min(row_blocks, kMaxGridYZ),
-                  std::min(p.batches, kMaxGridYZ));
-  return launch_pdl(group_quant_kernel<In, Out, kGroupSize, kScale, kRows, kAligned>, grid, dim3(32 * kWarps), 0,
-                    stream, p);
+  // Measured on an H200: few rows want small blocks on many SMs, many rows large ones.
+  const int warps = p.padded_rows < 4 ? 1 : p.padded_rows < 256 ? 4 : kMaxWarps;
+  const dim3 grid((p.hidden_size + kWarpColumns - 1) / kWarpColumns,
+                  std::min((p.padded_rows + warps - 1) / warps, kMaxGridYZ), std::min(p.batches, kMaxGridYZ));
+  return launch_kernel(group_quant_kernel<In, Out, kGroupSize, kScale, kAligned>, grid, dim3(32 * warps), 0, stream,
+                       p.pdl, p);
 }
 
 template <typename In, typename Out, int kGroupSize, ScaleType kScale>
-cudaError_t choose_shape(const GroupQuantParams& p, cudaStream_t stream) {
+cudaError_t choose_alignment(const GroupQuantParams& p, cudaStream_t stream) {
   constexpr int64_t kVector = 16 / sizeof(In);
   const bool aligned = reinterpret_cast<uintptr_t>(p.x) % 16 == 0 && p.x_stride_row % kVector == 0 &&
                        (p.batches == 1 || p.x_stride_batch % kVector == 0);
-  if (!aligned) return launch<In, Out, kGroupSize, kScale, 1, false>(p, stream);
-
-  const int64_t column_blocks = (p.hidden_size + kWarpColumns - 1) / kWarpColumns;
-  const int64_t row_warps = p.batches * p.padded_rows * column_blocks;
-  // Measured on an H200: below some 4096 warps one row each spreads the loads
-  // best, above it two rows keep more of them in flight.
-  return row_warps <= 4096 ? launch<In, Out, kGroupSize, kScale, 1, true>(p, stream)
-                           : launch<In, Out, kGroupSize, kScale, 2, true>(p, stream);
+  return aligned ? launch<In, Out, kGroupSize, kScale, true>(p, stream)
+                 : launch<In, Out, kGroupSize, kScale, false>(p, stream);
 }
 
 template <typename In, typename Out, int kGroupSize>
 cudaError_t choose_scale(const GroupQuantParams& p, ScaleType scale, cudaStream_t stream) {
   switch (scale) {
-    case ScaleType::kFloat: return choose_shape<In, Out, kGroupSize, ScaleType::kFloat>(p, stream);
-    case ScaleType::kFloatPow2: return choose_shape<In, Out, kGroupSize, ScaleType::kFloatPow2>(p, stream);
-    case ScaleType::kPackedUE8M0: return choose_shape<In, Out, kGroupSize, ScaleType::kPackedUE8M0>(p, stream);
+    case ScaleType::kFloat: return choose_alignment<In, Out, kGroupSize, ScaleType::kFloat>(p, stream);
+    case ScaleType::kFloatPow2: return choose_alignment<In, Out, kGroupSize, ScaleType::kFloatPow2>(p, stream);
+    case ScaleType::kPackedUE8M0: return choose_alignment<In, Out, kGroupSize, ScaleType::kPackedUE8M0>(p, stream);
   }
   return cudaErrorInvalidValue;
 }

@@ -31,6 +31,7 @@ struct GroupQuantParams {
   int64_t scale_stride_batch, scale_stride_row, scale_stride_column;
   int64_t scale_capacity;  // elements from `scale` to the end of its storage
   float eps;               // lower bound of amax, at least 1e-20
+  bool pdl;                // launch with programmatic stream serialization
 };
 
 // q = x / scale to nearest e4m3 or toward zero int8, scale = max(amax, eps) / qmax per group of a row.
