@@ -14,7 +14,7 @@ from benchmarks.report import render
 
 KEYS = {"op", "case", "m", "n", "k", "dtype", "layout", "impl"}
 TIMED_KEYS = {"us", "us_spread", "gbs", "share_of_ceiling", "best_peer", "ratio_to_best_peer", "correct"}
-ARGUMENTS = ["group_quant", "--device", "cpu", "--only", "1x2048-g128", "--limit", "1"]
+ARGUMENTS = ["group_quant", "--device", "cpu", "--only", "1x7168-g128", "--limit", "1"]
 
 
 @pytest.fixture(autouse=True)
@@ -72,7 +72,7 @@ def test_compare_names_what_got_slower(tmp_path: Path, capsys) -> None:
             row["us"], row["us_spread"] = row["us"] / 1000, 0.0
     old.write_text("\n".join(map(json.dumps, [{"env": env}, *rows])))
     assert kernels.main([*ARGUMENTS, "--compare", str(old)]) == 1
-    assert "slower: group_quant 1x2048-g128" in capsys.readouterr().out
+    assert "slower: group_quant 1x7168-g128" in capsys.readouterr().out
     row = {"op": "a", "case": "b", "impl": "c", "us": 1.0, "us_spread": 0.1}
     assert not slower([row], [{**row, "us": 1.2}])
     assert slower([row], [{**row, "us": 1.21}])
@@ -85,7 +85,7 @@ def test_compare_names_what_got_slower(tmp_path: Path, capsys) -> None:
         (["--peers", "cublas9"], "unknown peer cublas9; known: "),
         (
             ["--device", "cpu", "--only", "no such case"],
-            "no case contains 'no such case'; known:\n  group_quant 1x2048",
+            "no case contains 'no such case'; known:\n  group_quant 1x7168",
         ),
         (["--device", "cpu", "--compare", "no/such/file"], "--compare: "),
     ],

@@ -95,14 +95,17 @@ def tests() -> Iterator[GroupQuantCase]:
         yield replace(shape, layout=layout, ue8m0=ue8m0)
 
 
-# Hidden and intermediate sizes of Qwen3-30B-A3B, Llama-3.1-8B and DeepSeek-V3, and the rows of decode and prefill.
-BENCH_HIDDEN_SIZES = (2048, 4096, 7168)
+# DeepSeek-V3's hidden size in every layout, Qwen3-30B-A3B's in those that vLLM's layers use; the rows of decode and
+# prefill.
 BENCH_NUM_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 512, 1024, 2048, 8192, 16384)
 
 
 def benchmarks() -> Iterator[GroupQuantCase]:
-    for num_tokens, hidden_size, (layout, ue8m0) in product(BENCH_NUM_TOKENS, BENCH_HIDDEN_SIZES, SCALES):
-        for dtype in (torch.float8_e4m3fn, torch.int8):
-            yield GroupQuantCase(num_tokens, hidden_size, dtype=dtype, layout=layout, ue8m0=ue8m0)
+    for num_tokens, (layout, ue8m0), dtype in product(BENCH_NUM_TOKENS, SCALES, (torch.float8_e4m3fn, torch.int8)):
+        yield GroupQuantCase(num_tokens, 7168, dtype=dtype, layout=layout, ue8m0=ue8m0)
+    for num_tokens in BENCH_NUM_TOKENS:
+        for layout in (ScaleLayout.ROW, ScaleLayout.COLUMN_TMA, ScaleLayout.PACKED_UE8M0):
+            yield GroupQuantCase(num_tokens, 2048, layout=layout, ue8m0=layout is ScaleLayout.PACKED_UE8M0)
+        yield GroupQuantCase(num_tokens, 2048, dtype=torch.int8)
     for num_tokens, hidden_size in [(3, 640), (1001, 768), (8, 18432)]:
         yield GroupQuantCase(num_tokens, hidden_size)
