@@ -188,3 +188,14 @@ def test_a_missing_vllm_name_is_a_reason():
         Private("json", "no_such", "a name", "", "").get()
     with pytest.raises(FeatureUnavailable, match=r"this vLLM has no no_such_module.x"):
         Private("no_such_module", "x", "a name", "", "").get()
+
+
+def test_this_vllm_has_every_name_in_the_register():
+    pytest.importorskip("vllm")
+    from vllm_b200_plugin import vllm_compat
+
+    names = [value for value in vars(vllm_compat).values() if isinstance(value, vllm_compat.Private)]
+    assert len(names) > 20
+    for name in names:
+        name.get()
+        assert name.what and name.why and name.until

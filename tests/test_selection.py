@@ -67,7 +67,9 @@ from vllm.platforms import PlatformEnum
 plugin._results.clear()
 plugin.register()
 order = [k.__name__ for k in lists[PlatformEnum.CUDA]]
-print(json.dumps([picks, plugin.results(), lines, order, torch.cuda.is_initialized()]))
+from vllm_b200_plugin.integration.fp8_block_op import machine
+scales = [machine().layout.value, machine().ue8m0]
+print(json.dumps([picks, plugin.results(), lines, order, torch.cuda.is_initialized(), scales]))
 """
 
 
@@ -109,16 +111,23 @@ BLACKWELL = {
 
 
 @pytest.mark.parametrize(
-    "capability, expected", [((9, 0), HOPPER), ((10, 0), BLACKWELL), ((10, 3), BLACKWELL), ((12, 0), BLACKWELL)]
+    "capability, expected, scale_layout",
+    [
+        ((9, 0), HOPPER, "column_tma"),
+        ((10, 0), BLACKWELL, "packed_ue8m0"),
+        ((10, 3), BLACKWELL, "packed_ue8m0"),
+        ((12, 0), BLACKWELL, "packed_ue8m0"),
+    ],
 )
-def test_selection_on_gpu(capability, expected):
-    picks, results, _lines, order, cuda = on(capability)
+def test_selection_on_gpu(capability, expected, scale_layout):
+    picks, results, _lines, order, cuda, scales = on(capability)
     assert {name: picks[name] for name in expected} == expected
     assert picks["block 64"] not in (FLASHINFER, DEEP_GEMM, CUTLASS, TRITON)
     assert results["fp8_block_linear"] == results["group_quant_ops"] == "applied"
     assert order[:2] == [FLASHINFER, DEEP_GEMM]
     assert len(set(order)) == len(order)
     assert not cuda
+    assert scales == [scale_layout, True]
 
 
 def test_without_flashinfer_hopper_gets_deep_gemm():
