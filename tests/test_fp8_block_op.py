@@ -1,4 +1,4 @@
-"""What the op feeds each GEMM: in place of vLLM's, functions that compute the product from it. Needs no vLLM, no GPU."""
+"""What the op feeds each GEMM, for which functions stand in that compute the product from it. Needs no vLLM, no GPU."""
 
 import pytest
 import torch
