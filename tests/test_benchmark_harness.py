@@ -33,7 +33,9 @@ def test_record_and_report(tmp_path: Path) -> None:
     ours = [row for row in rows if row["impl"] == "ours"]
     assert ours
     assert all(set(row) >= TIMED_KEYS and row["correct"] and row["us"] > 0 for row in ours)
-    assert all("missing" in row for row in rows if not row["impl"].startswith("ours")), "peers are listed as missing on a CPU"
+    assert all("missing" in row for row in rows if not row["impl"].startswith("ours")), (
+        "peers are listed as missing on a CPU"
+    )
     page = report.read_text()
     assert page.startswith("<!doctype html>")
     assert "http" not in page.replace("http-equiv", ""), "self-contained"

@@ -116,9 +116,20 @@ def test_padding_stops_at_the_end_of_the_storage(device: str) -> None:
     q = torch.empty(x.shape, dtype=E4M3, device=device)
     exact = torch.empty_strided((5, 2), (1, 8), dtype=torch.int32, device=device)
     for s in (scale, exact):
-        torch.ops.vllm_b200.per_token_group_quant(x, q, s, 128, 1e-10, True)
+        torch.ops.vllm_b200.per_token_group_quant(x, q, s, 128, 1e-10, True, True)
     assert torch.equal(scale, exact)
     assert guarded[5:8].eq(0).all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_without_pad_the_rows_behind_are_left_alone(device: str) -> None:
+    """The scales of the leading rows of a larger tensor, whose leading dimension looks like TMA padding."""
+    x = torch.randn(6, 512, device=device).bfloat16()
+    whole = torch.full((4, 8), 7.0, device=device).t()
+    q = torch.empty(x.shape, dtype=E4M3, device=device)
+    torch.ops.vllm_b200.per_token_group_quant(x, q, whole[:6], 128, 1e-10, False, False)
+    assert torch.equal(whole[:6], per_token_group_quant(x)[1])
+    assert whole[6:].eq(7.0).all()
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -278,7 +289,7 @@ def test_raw_op_rejects_what_it_cannot_address() -> None:
         (x.t(), q, scale, 128, 1e-10, False),
     ]:
         with pytest.raises(RuntimeError):
-            op(*args)
+            op(*args, False)
 
 
 def test_compiles_without_graph_breaks() -> None:

@@ -45,7 +45,7 @@ def ours(case: GroupQuantCase, seed: int, pdl: bool = True) -> Run:
     x, q, scale = _tensors(case, seed)
     op = torch.ops.vllm_b200.per_token_group_quant
     packed = case.layout is ScaleLayout.PACKED_UE8M0
-    return Run(lambda: op(x, q, scale, case.group_size, EPS, case.ue8m0 or packed, pdl), (q, scale))
+    return Run(lambda: op(x, q, scale, case.group_size, EPS, case.ue8m0 or packed, True, pdl), (q, scale))
 
 
 def ours_no_pdl(case: GroupQuantCase, seed: int) -> Run:

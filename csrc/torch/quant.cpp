@@ -24,7 +24,7 @@ OutputType output_type(const Tensor& q) {
 // The Python wrapper has named what is wrong in words; these checks keep a
 // direct call of the op from reading or writing out of range.
 void per_token_group_quant(const Tensor& x, Tensor q, Tensor scale, int64_t group_size, double eps, bool ue8m0,
-                           bool pdl) {
+                           bool pad, bool pdl) {
   const int64_t dim = x.dim();
   STD_TORCH_CHECK(dim == 2 || dim == 3, "x: takes 2 or 3 dimensions, got ", dim);
   STD_TORCH_CHECK(q.dim() == dim && scale.dim() == dim, "q and scale: take as many dimensions as x, ", dim);
@@ -51,10 +51,8 @@ void per_token_group_quant(const Tensor& x, Tensor q, Tensor scale, int64_t grou
   STD_TORCH_CHECK(x.get_device_index() == q.get_device_index() && x.get_device_index() == scale.get_device_index(),
                   "x, q and scale: take one device");
 
-  // Column-major scales may have room for more rows than there are: what TMA
-  // reads as padding is written, too.
-  int64_t padded_rows = rows;
-  if (columns > 0 && scale.stride(-2) == 1 && scale.stride(-1) == (rows + 3) / 4 * 4) padded_rows = scale.stride(-1);
+  const int64_t aligned_rows = (rows + 3) / 4 * 4;
+  const bool has_padding = scale.stride(-2) == 1 && scale.stride(-1) == aligned_rows;
 
   GroupQuantParams params = {};
   params.x = x.data_ptr();
@@ -62,7 +60,7 @@ void per_token_group_quant(const Tensor& x, Tensor q, Tensor scale, int64_t grou
   params.scale = scale.data_ptr();
   params.batches = batches;
   params.rows = rows;
-  params.padded_rows = padded_rows;
+  params.padded_rows = pad && has_padding ? aligned_rows : rows;
   params.hidden_size = static_cast<int32_t>(hidden_size);
   params.group_size = static_cast<int32_t>(group_size);
   params.x_stride_batch = dim == 3 ? x.stride(0) : 0;

@@ -131,28 +131,8 @@ def _quantise(
             scale = scale.view(rows, columns)
     if x.stride(-1) != 1 or q.stride(-1) != 1 or q.data_ptr() % 16 or any(s % 16 for s in q.stride()[:-1]):
         return False
-    for part in _without_padding_rows(x, q, scale):
-        torch.ops.vllm_b200.per_token_group_quant(*part, group_size, eps, ue8m0)
+    # Not the padding rows of fp32 scales: vLLM's MLA passes the leading rows of a larger tensor, and what looks like
+    # padding may be the scales of further tokens. Packed scales are always whole tensors.
+    pad = scale.dtype == torch.int32
+    torch.ops.vllm_b200.per_token_group_quant(x, q, scale, group_size, eps, ue8m0, pad)
     return True
-
-
-def _without_padding_rows(
-    x: torch.Tensor, q: torch.Tensor, scale: torch.Tensor
-) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Arguments with which our op writes no scale beyond the last row.
-
-    Given TMA-aligned scales it fills the padding. Here, what looks like padding may be the scales of further tokens:
-    vLLM's MLA passes the leading rows of a larger tensor. Packed scales are always whole tensors, padding included.
-    """
-    rows, leading = scale.shape[-2], scale.stride(-1)
-    if scale.dtype == torch.int32 or scale.stride(-2) != 1 or leading != -(-rows // 4) * 4 or leading == rows:
-        return [(x, q, scale)]
-    if scale.dim() == 3:
-        return [part for batch in zip(x, q, scale, strict=True) for part in _without_padding_rows(*batch)]
-    whole = rows - rows % 4
-    last = slice(whole, rows)
-    # The last rows as batches of one row, which have no padding.
-    rest = scale[last].unsqueeze(1)
-    rest = rest.as_strided(rest.shape, (1, leading, leading), rest.storage_offset())
-    parts = [(x[:whole], q[:whole], scale[:whole])] if whole else []
-    return [*parts, (x[last].unsqueeze(1), q[last].unsqueeze(1), rest)]

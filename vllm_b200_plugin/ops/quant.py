@@ -83,7 +83,7 @@ def per_token_group_quant(
         _check_out(out, x, dtype)
     scale = empty_scale(x, group_size, layout)
     ue8m0 = ue8m0 or layout is ScaleLayout.PACKED_UE8M0
-    torch.ops.vllm_b200.per_token_group_quant(x, out, scale, group_size, eps, ue8m0, pdl)
+    torch.ops.vllm_b200.per_token_group_quant(x, out, scale, group_size, eps, ue8m0, True, pdl)
     return out, scale
 
 
@@ -129,21 +129,37 @@ def _check_out(out: torch.Tensor, x: torch.Tensor, dtype: torch.dtype) -> None:
         )
 
 
+# pad: the rows between num_tokens and a TMA-aligned leading dimension of `scale` are padding, to be zeroed.
 torch_library.define(
-    f"{_OP}(Tensor x, Tensor(a!) q, Tensor(b!) scale, int group_size, float eps, bool ue8m0, bool pdl=False) -> ()",
+    f"{_OP}(Tensor x, Tensor(a!) q, Tensor(b!) scale, int group_size, float eps, bool ue8m0, bool pad, "
+    "bool pdl=False) -> ()"
 )
 
 
 @torch.library.register_fake(f"vllm_b200::{_OP}", lib=torch_library)
 def _per_token_group_quant_fake(
-    x: torch.Tensor, q: torch.Tensor, scale: torch.Tensor, group_size: int, eps: float, ue8m0: bool, pdl: bool = False
+    x: torch.Tensor,
+    q: torch.Tensor,
+    scale: torch.Tensor,
+    group_size: int,
+    eps: float,
+    ue8m0: bool,
+    pad: bool,
+    pdl: bool = False,
 ) -> None:
     return None
 
 
 @torch.library.impl(torch_library, _OP, "CPU")
 def _per_token_group_quant_cpu(
-    x: torch.Tensor, q: torch.Tensor, scale: torch.Tensor, group_size: int, eps: float, ue8m0: bool, pdl: bool = False
+    x: torch.Tensor,
+    q: torch.Tensor,
+    scale: torch.Tensor,
+    group_size: int,
+    eps: float,
+    ue8m0: bool,
+    pad: bool,
+    pdl: bool = False,
 ) -> None:
     """The reference: the same fp32 operations as the CUDA kernel, in PyTorch."""
     qmax = QUANT_MAX[q.dtype]
@@ -158,7 +174,8 @@ def _per_token_group_quant_cpu(
     else:
         e4m3 = quotient.to(torch.float8_e4m3fn).view(torch.uint8)
         q.view(torch.uint8).copy_(e4m3.masked_fill(quotient.isnan(), 0x7F))
-    _zero_padding_rows(scale)
+    if pad:
+        _zero_padding_rows(scale)
     scale.copy_(_pack_ue8m0(group_scale) if scale.dtype == torch.int32 else group_scale)
 
 
