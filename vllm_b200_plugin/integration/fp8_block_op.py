@@ -103,24 +103,26 @@ def machine() -> Machine:
 
 
 def _deep_gemm(
-    x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, block_shape: list[int], out_dtype: torch.dtype
-) -> torch.Tensor:
+    x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, block_shape: list[int], out_dtype: torch.dtype,
+    plain_scales: bool = False,
+) -> torch.Tensor:  # fmt: skip
     here = machine()
-    q, scale = per_token_group_quant(x, block_shape[1], layout=here.layout, ue8m0=here.ue8m0)
+    layout, ue8m0 = (ScaleLayout.COLUMN_TMA, False) if plain_scales else (here.layout, here.ue8m0)
+    q, scale = per_token_group_quant(x, block_shape[1], layout=layout, ue8m0=ue8m0)
     out = torch.empty((x.shape[0], weight.shape[0]), dtype=out_dtype, device=x.device)
     gemm = vllm_compat.FP8_GEMM_NT.get()
-    gemm((q, scale), (weight, weight_scale), out, is_deep_gemm_e8m0_used=here.ue8m0)
+    gemm((q, scale), (weight, weight_scale), out, is_deep_gemm_e8m0_used=ue8m0)
     return out
 
 
 def _flashinfer_deep_gemm(
     x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, block_shape: list[int], out_dtype: torch.dtype
 ) -> torch.Tensor:
-    here = machine()
-    choice = dispatch.fp8_block_gemm(x.shape[0], here.capability, flashinfer=True, batch_invariant=here.batch_invariant)
+    here, num_tokens = machine(), x.shape[0]
+    choice = dispatch.fp8_block_gemm(num_tokens, here.capability, flashinfer=True, batch_invariant=here.batch_invariant)
     if choice.kernel != dispatch.FLASHINFER_SWAP_AB:
-        return _deep_gemm(x, weight, weight_scale, block_shape, out_dtype)
-    # Plain fp32 scales also where DeepGEMM's are powers of two: FlashInfer, given bf16, quantises so.
+        plain_scales = num_tokens < dispatch.PLAIN_SCALES_BELOW and not here.batch_invariant
+        return _deep_gemm(x, weight, weight_scale, block_shape, out_dtype, plain_scales)
     q, scale = per_token_group_quant(x, block_shape[1], layout=ScaleLayout.COLUMN_TMA)
     gemm = vllm_compat.FLASHINFER_GEMM.get()
     return gemm(input=q, weight=weight, input_scale=scale, weight_scale=weight_scale, out_dtype=out_dtype)

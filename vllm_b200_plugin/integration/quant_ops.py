@@ -12,7 +12,7 @@ import torch
 
 from vllm_b200_plugin import vllm_compat
 from vllm_b200_plugin.features import FeatureUnavailable, NotForThisPlatform
-from vllm_b200_plugin.integration import library
+from vllm_b200_plugin.integration import library, report
 from vllm_b200_plugin.ops import quant
 
 # Destroying a Library takes its kernels out again.
@@ -42,7 +42,7 @@ def override(namespace: str, dispatch_key: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns that a kernel is overridden, which is what we want
         for name, original in originals.items():
-            ours.impl(name, _instead_of(original, _TAKES[name]), dispatch_key, with_keyset=True)
+            ours.impl(name, _instead_of(name, original, _TAKES[name]), dispatch_key, with_keyset=True)
     _libraries[namespace] = ours
 
 
@@ -60,10 +60,13 @@ def _original(namespace: str, name: str, dispatch_key: str) -> Any:
         raise FeatureUnavailable(f"{namespace}::{name} has no kernel for {dispatch_key}: {error}") from error
 
 
-def _instead_of(original: Any, takes: Callable[..., bool]) -> Callable[..., None]:
+def _instead_of(name: str, original: Any, takes: Callable[..., bool]) -> Callable[..., None]:
     def kernel(keyset: Any, *args: Any) -> None:
-        if not takes(*args):
+        if takes(*args):
+            report.chosen(name, "our group quant", "vLLM's op, with arguments that ours takes")
+        else:
             original.call_boxed(keyset, *args)
+            report.chosen(name, "vLLM's kernel", "vLLM's op, with arguments that ours does not take")
 
     return kernel
 
