@@ -8,7 +8,10 @@ from fake_cuda import define_quant_ops
 
 from vllm_b200_plugin.features import FeatureUnavailable
 from vllm_b200_plugin.integration import quant_ops
+from vllm_b200_plugin.ops import _library
 from vllm_b200_plugin.ops.quant import ScaleLayout, per_token_group_quant
+
+pytestmark = pytest.mark.skipif(not _library.status().loaded, reason="the CUDA library, which overrides, was not built")
 
 E4M3 = torch.float8_e4m3fn
 _namespaces = (f"b200_test_{i}" for i in itertools.count())
@@ -165,9 +168,24 @@ def test_int8_with_another_range_goes_to_the_original(ops):
 
 
 def test_twice_is_once(ops):
-    before = quant_ops._libraries[ops.namespace]
     quant_ops.override(ops.namespace, "CPU")
-    assert quant_ops._libraries[ops.namespace] is before
+    x = torch.randn(4, 256)
+    q, s = outputs(x)
+    ops.fp8(x, q, s)
+    ops.fp8(x, q, s, low=-1.0)
+    assert len(ops.original_calls) == 1, "the kept kernel is still vLLM's, not ours"
+
+
+def test_another_namespace_is_refused_and_keeps_its_kernels(ops):
+    namespace = next(_namespaces)
+    library = torch.library.Library(namespace, "FRAGMENT")
+    calls = []
+    define_quant_ops(library, "CPU", lambda name, *args: calls.append(name))
+    with pytest.raises(FeatureUnavailable, match=f"the ops of {ops.namespace} are ours for CPU already"):
+        quant_ops.override(namespace, "CPU")
+    x = torch.randn(2, 128)
+    getattr(torch.ops, namespace).per_token_group_quant_int8(x, *outputs(x, 1, torch.int8), 128, 1e-10, -128.0, 127.0)
+    assert calls == ["per_token_group_quant_int8"]
 
 
 def test_compiled_callers_use_it(ops):

@@ -1,6 +1,7 @@
 """Which kernel for which layer, and why: pure functions of shapes, dtypes and the GPU, so that they can be read, tested
 and explained on any machine."""
 
+import functools
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -15,7 +16,7 @@ VLLM = "vllm"  # none of ours: vLLM goes on through its own list
 
 GROUP_SIZE = 128
 # On an H200, 2112x7168 and 3072x1536: from 8 tokens on DeepGEMM is 8 to 12 % faster, with 4 FlashInfer's kernel is 10 %
-# faster on the larger one (benchmarks/results/h200/fp8_block_gemm.jsonl).
+# faster on the larger one (benchmarks/results/h200/fp8_block_*.jsonl).
 SWAP_AB_BELOW = 8
 # Where vLLM passes from FlashInfer's kernel, which scales activations in plain fp32, to DeepGEMM's scale format. The
 # numbers of a layer stay vLLM's, so this stays its threshold.
@@ -86,6 +87,7 @@ def fp8_block_refusal(
     return None
 
 
+@functools.lru_cache(maxsize=1 << 16)  # asked in every eager call of a layer
 def fp8_block_gemm(num_tokens: int, capability: tuple[int, int], *, flashinfer: bool, batch_invariant: bool) -> Choice:
     """DeepGEMM or, for few tokens on Hopper, FlashInfer's kernel with the operands swapped.
 

@@ -1,5 +1,6 @@
+#include "quant.h"
+
 #include "../kernels/quant/group_quant.h"
-#include "common.h"
 
 namespace vllm_b200 {
 namespace {
@@ -21,10 +22,12 @@ OutputType output_type(const Tensor& q) {
   }
 }
 
+}  // namespace
+
 // The Python wrapper has named what is wrong in words; these checks keep a
 // direct call of the op from reading or writing out of range.
-void per_token_group_quant(const Tensor& x, Tensor q, Tensor scale, int64_t group_size, double eps, bool ue8m0,
-                           bool pad, bool pdl) {
+void per_token_group_quant(const Tensor& x, Tensor q, Tensor scale, int64_t group_size, double eps, bool ue8m0, bool pad,
+                           bool pdl) {
   const int64_t dim = x.dim();
   STD_TORCH_CHECK(dim == 2 || dim == 3, "x: takes 2 or 3 dimensions, got ", dim);
   STD_TORCH_CHECK(q.dim() == dim && scale.dim() == dim, "q and scale: take as many dimensions as x, ", dim);
@@ -82,7 +85,6 @@ void per_token_group_quant(const Tensor& x, Tensor q, Tensor scale, int64_t grou
                "per_token_group_quant");
 }
 
-}  // namespace
 }  // namespace vllm_b200
 
 STABLE_TORCH_LIBRARY_IMPL(vllm_b200, CUDA, m) {

@@ -47,7 +47,7 @@ def make(directory: Path, fmt: str = "fp8", *, bf16_experts: bool = False, seed:
     if bf16_experts and not fmt.startswith("ct-"):
         raise ValueError(f"bf16_experts: takes a compressed-tensors format; got {fmt!r}")
     directory.mkdir(parents=True, exist_ok=True)
-    _write_tokenizer(directory)
+    write_tokenizer(directory)
     _write_json(directory / "config.json", _config(fmt, bf16_experts))
     _write_json(directory / "generation_config.json", {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0})
     save_file(_weights(fmt, bf16_experts, seed), directory / "model.safetensors", metadata={"format": "pt"})
@@ -72,7 +72,8 @@ def _sentences(count: int = 3000) -> Iterator[str]:
         )
 
 
-def _write_tokenizer(directory: Path) -> None:
+def write_tokenizer(directory: Path, max_length: int = MAX_POSITIONS) -> None:
+    """Write a tokenizer of VOCAB_SIZE tokens to `directory`, which exists; max_length: the longest text in tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -95,7 +96,7 @@ def _write_tokenizer(directory: Path) -> None:
             "tokenizer_class": "PreTrainedTokenizerFast",
             "eos_token": SPECIAL_TOKENS[0],
             "pad_token": SPECIAL_TOKENS[0],
-            "model_max_length": MAX_POSITIONS,
+            "model_max_length": max_length,
             "clean_up_tokenization_spaces": False,
             "chat_template": "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
             "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",

@@ -12,7 +12,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from vllm_b200_plugin.environment import ENTRY_POINT, CannotRun
@@ -92,21 +92,35 @@ def root_cause(log: Iterable[str]) -> str | None:
 
 
 class Server:
-    """`vllm serve` in its own process group. Use as a context manager: leaving it stops the whole group."""
+    """`vllm serve` in its own process group. Use as a context manager: leaving it stops the whole group.
 
-    def __init__(self, model: Path, log: Path, port: int, *, eager: bool = False, cpu: bool = False):
+    options: vllm serve's, instead of those that keep the demo small. env: variables on top of ours.
+    """
+
+    def __init__(
+        self,
+        model: Path,
+        log: Path,
+        port: int,
+        *,
+        eager: bool = False,
+        cpu: bool = False,
+        options: Sequence[str] | None = None,
+        env: Mapping[str, str] | None = None,
+    ):
         self.model, self.log, self.port = model, log, port
         self.url = f"http://{HOST}:{port}"
         self.process: subprocess.Popen | None = None
         self._ready = False
         self._command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model)]
         self._command += ["--host", HOST, "--port", str(port), "--served-model-name", MODEL_NAME]
-        self._command += ["--max-model-len", "512", "--max-num-batched-tokens", "512", "--max-num-seqs", "8"]
+        if options is None:
+            options = ["--max-model-len", "512", "--max-num-batched-tokens", "512", "--max-num-seqs", "8"]
+            options += [] if cpu else ["--gpu-memory-utilization", "0.2"]
+        self._command += options
         if eager:
             self._command.append("--enforce-eager")
-        if not cpu:
-            self._command += ["--gpu-memory-utilization", "0.2"]
-        self._env = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+        self._env = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", **(env or {})}
         self._env.setdefault("VLLM_LOGGING_LEVEL", "INFO")
         if cpu:
             self._env.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")

@@ -73,7 +73,7 @@ def _implementation(
         return x.new_empty((0, weight.shape[0]), dtype=out_dtype)
     if x.stride(-1) != 1:
         x = x.contiguous()
-    return _ENGINES[Engine(engine)](x, weight, weight_scale, block_shape, out_dtype)
+    return _ENGINES[engine](x, weight, weight_scale, block_shape, out_dtype)
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ def _reference(
     return fp8_block_scaled_mm(q, scale, weight, weight_scale.float(), (block_shape[0], block_shape[1]), out_dtype)
 
 
-_ENGINES: dict[Engine, Callable[..., torch.Tensor]] = {
+_ENGINES: dict[str, Callable[..., torch.Tensor]] = {
     Engine.DEEP_GEMM: _deep_gemm,
     Engine.FLASHINFER_DEEP_GEMM: _flashinfer_deep_gemm,
     Engine.CUTLASS: _cutlass,

@@ -1,5 +1,6 @@
 """Finds and loads the compiled CUDA library. Loading it registers the CUDA kernels of our torch ops."""
 
+import ctypes
 import functools
 import json
 from dataclasses import dataclass
@@ -60,3 +61,13 @@ def status() -> LibraryStatus:
     except OSError as error:
         return LibraryStatus(path, False, f"the CUDA library does not load ({error}): {_HOW_TO_BUILD}", **built)
     return LibraryStatus(path, True, "", **built)
+
+
+def override_quant_ops(namespace: str, dispatch_key: str) -> None:
+    """Put our kernels before those of vLLM's quantisation ops; csrc/torch/vllm_quant_ops.cpp.
+
+    Raises RuntimeError where the library is not loaded.
+    """
+    if not status().loaded:
+        raise RuntimeError(status().reason)
+    ctypes.CDLL(str(status().path)).vllm_b200_override_quant_ops(namespace.encode(), dispatch_key.encode())

@@ -97,7 +97,9 @@ def empty_scale(x: torch.Tensor, group_size: int, layout: ScaleLayout) -> torch.
     columns = -(-groups // 4) if packed else groups
     rows = num_tokens if layout is ScaleLayout.COLUMN else -(-num_tokens // 4) * 4
     dtype = torch.int32 if packed else torch.float32
-    return torch.empty(*batches, columns, rows, dtype=dtype, device=x.device)[..., :num_tokens].transpose(-1, -2)
+    whole = torch.empty(*batches, columns, rows, dtype=dtype, device=x.device)
+    batch_strides = whole.stride()[:-2]
+    return whole.as_strided((*batches, num_tokens, columns), (*batch_strides, 1, rows))
 
 
 def _check(x: torch.Tensor, group_size: int, dtype: torch.dtype, eps: float) -> None:
