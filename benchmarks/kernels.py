@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
         with open(arguments.out, "w") as file:
             file.writelines(json.dumps(line) + "\n" for line in [{"env": env}, *rows])
     if arguments.report:
-        write_report(arguments.report, env, rows)
+        write_report(arguments.report, [(env, rows)])
     regressions = slower(old, rows)
     if arguments.compare:
         print(explain_slower(regressions))

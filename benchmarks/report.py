@@ -1,15 +1,21 @@
-"""One self-contained HTML page from the rows of benchmarks.kernels: a plot and a table for each op and shape."""
+"""One self-contained HTML page from records of benchmarks.kernels, a plot and a table for each op and shape:
+python -m benchmarks.report OUT.html RECORD.jsonl ..."""
 
 import html
 import math
+import sys
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.compare import read_record
+
 Row = dict[str, Any]
+Record = tuple[dict[str, Any], list[Row]]
 
 COLOURS = ("#d62728", "#1f77b4", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#17becf", "#7f7f7f")
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 420, 260, 56, 12, 26, 40
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 420, 272, 56, 12, 26, 52
 
 STYLE = """
 body { font: 14px/1.45 system-ui, sans-serif; max-width: 1340px; margin: 2em auto; padding: 0 1em; color: #222 }
@@ -33,28 +39,35 @@ than every other implementation.</p>
 """
 
 
-def write_report(path: str | Path, env: dict[str, Any], rows: list[Row]) -> None:
-    Path(path).write_text(render(env, rows))
+def write_report(path: str | Path, records: Sequence[Record]) -> None:
+    Path(path).write_text(render(records))
 
 
-def render(env: dict[str, Any], rows: list[Row]) -> str:
-    sections = []
-    for op in dict.fromkeys(row["op"] for row in rows):
-        sections.append(f"<h2>{html.escape(op)}</h2>")
-        groups: dict[str, list[Row]] = defaultdict(list)
-        for row in rows:
-            if row["op"] == op:
-                groups[_shape(row)].append(row)
-        sections += [_section(shape, group) for shape, group in groups.items()]
+def render(records: Sequence[Record]) -> str:
+    sections, environments = [], []
+    for env, rows in records:
+        ops = list(dict.fromkeys(row["op"] for row in rows))
+        environments.append(_environment(", ".join(ops), env))
+        for op in ops:
+            sections.append(f"<h2>{html.escape(op)}</h2>")
+            groups: dict[str, list[Row]] = defaultdict(list)
+            for row in rows:
+                if row["op"] == op:
+                    groups[_shape(row)].append(row)
+            sections += [_section(shape, group) for shape, group in groups.items()]
+    gpus = dict.fromkeys(str(env.get("gpu", "a CPU")) for env, _ in records)
+    title = f"Kernel benchmark on {', '.join(gpus)}"
+    return (
+        f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(title)}</title><style>{STYLE}</style>"
+        f"<h1>{html.escape(title)}</h1>{INTRODUCTION}{''.join(environments)}{''.join(sections)}</html>"
+    )
+
+
+def _environment(ops: str, env: dict[str, Any]) -> str:
     facts = "".join(
         f"<tr><td>{html.escape(k)}</td><td class=text>{html.escape(str(v))}</td></tr>" for k, v in env.items()
     )
-    title = f"Kernel benchmark on {env.get('gpu', 'a CPU')}"
-    return (
-        f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(title)}</title><style>{STYLE}</style>"
-        f"<h1>{html.escape(title)}</h1>{INTRODUCTION}<details open><summary>Environment</summary>"
-        f"<table>{facts}</table></details>{''.join(sections)}</html>"
-    )
+    return f"<details><summary>Environment of {html.escape(ops)}</summary><table>{facts}</table></details>"
 
 
 def _shape(row: Row) -> str:
@@ -140,7 +153,7 @@ def _plot(title: str, rows: list[Row], key: str, log_y: bool) -> str:
             f'<polyline points="{path}" fill=none stroke={colour} stroke-width={2.5 if name == "ours" else 1.4} />'
         )
         parts += [f"<circle cx={x:.1f} cy={y:.1f} r=2.4 fill={colour} />" for x, y in (place(*p) for p in line)]
-        legend_x, legend_y = LEFT + 4 + index % 4 * 92, HEIGHT - 8
+        legend_x, legend_y = LEFT + 4 + index % 4 * 90, HEIGHT - 20 + index // 4 * 13
         parts.append(f"<text x={legend_x} y={legend_y} fill={colour}>{html.escape(name[:14])}</text>")
     label = html.escape(title)
     svg = f"<svg width={WIDTH} height={HEIGHT} role=img aria-label='{label}'>{''.join(parts)}</svg>"
@@ -154,3 +167,9 @@ def _ticks(low: float, high: float, log: bool) -> list[float]:
     step = 10 ** math.floor(math.log10(high / 4))
     step *= next(factor for factor in (1, 2, 5, 10) if high / (factor * step) <= 6)
     return [i * step for i in range(int(high / step) + 1)]
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 3:
+        sys.exit(__doc__)
+    write_report(sys.argv[1], [read_record(path) for path in sys.argv[2:]])

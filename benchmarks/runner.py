@@ -54,13 +54,18 @@ def run_case(
             row |= {"us": round(timing.us, 3), "us_spread": round(timing.us_spread, 3)}
             if row["impl"] in chained:
                 row["us_chained"] = round(chained[row["impl"]], 3)
-            peers = {name: t.us for name, t in timings.items() if name != row["impl"] and not name.startswith("ours")}
+            peers = {name: t.us for name, t in timings.items() if _is_peer(name, row["impl"])}
             row |= _ratios(base, timing.us, peers, ceiling_gbs)
         yield row
     del recordings, runs
     gc.collect()
     if families.device.type == "cuda":
         torch.cuda.empty_cache()
+
+
+def _is_peer(name: str, of: str) -> bool:
+    """Every other implementation; two launches of ours are none of each other."""
+    return name != of and not (name.startswith("ours") and of.startswith("ours"))
 
 
 def _ratios(base: dict[str, Any], us: float, peers: dict[str, float], ceiling_gbs: float) -> dict[str, Any]:

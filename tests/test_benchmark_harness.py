@@ -54,7 +54,7 @@ def test_a_wrong_kernel_is_void(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
     assert row["correct"] is False
     assert "us" not in row
     assert "\033[31mWRONG" in capsys.readouterr().out
-    assert "WRONG, not timed" in render({}, [row])
+    assert "WRONG, not timed" in render([({}, [row])])
 
 
 def test_an_output_left_unwritten_is_void(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
