@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -40,6 +42,28 @@ def test_record_and_report(tmp_path: Path) -> None:
     assert page.startswith("<!doctype html>")
     assert "http" not in page.replace("http-equiv", ""), "self-contained"
     assert "missing" in page
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium to open the report with")
+def test_the_report_opens_in_a_browser(tmp_path: Path) -> None:
+    row = {"op": "an_op", "n": None, "k": 128, "dtype": "e4m3", "layout": "row", "correct": True, "l2": "hot"}
+    timed = {"us_spread": 0.1, "gbs": 1.0, "share_of_ceiling": 0.5, "ratio_to_best_peer": 1.5}
+    rows = [
+        {**row, **timed, "case": str(m), "m": m, "impl": impl, "us": m * 1.5, "best_peer": "ours"}
+        for m in (1, 16)
+        for impl in ("ours", "a<peer>")
+    ]
+    page = tmp_path / "report.html"
+    page.write_text(render([({"gpu": "a GPU"}, rows)]))
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+    command += [f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", page.as_uri()]
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    assert dom.count("<svg") == 3
+    assert dom.count("<polyline") == 6
+    assert "a&lt;peer&gt;" in dom
 
 
 def test_a_wrong_kernel_is_void(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys) -> None:

@@ -95,17 +95,33 @@ def tests() -> Iterator[GroupQuantCase]:
         yield replace(shape, layout=layout, ue8m0=ue8m0)
 
 
-# DeepSeek-V3's hidden size in every layout, Qwen3-30B-A3B's in those that vLLM's layers use; the rows of decode and
-# prefill.
+# The rows of decode and prefill.
 BENCH_NUM_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 512, 1024, 2048, 8192, 16384)
+# What else the layers of these models quantise in groups of 128: their hidden sizes, and the widths of one expert.
+MODEL_WIDTHS = {
+    4096: "Qwen3-235B-A22B, Llama-3.1-8B",
+    5120: "GLM-4.5",
+    6144: "GLM-5",
+    8192: "Llama-3.1-70B",
+    12288: "Mistral-Medium",
+    768: "an expert of Qwen3-30B-A3B",
+    1536: "an expert of Qwen3-235B-A22B",
+}
 
 
 def benchmarks() -> Iterator[GroupQuantCase]:
+    """The hidden size of DeepSeek-V3 and Kimi-K2 in every layout, that of Qwen3-30B-A3B in those that vLLM's layers
+    use, the other models' in two, and odd ones. gpt-oss's 2880 is no multiple of 128."""
     for num_tokens, (layout, ue8m0), dtype in product(BENCH_NUM_TOKENS, SCALES, (torch.float8_e4m3fn, torch.int8)):
         yield GroupQuantCase(num_tokens, 7168, dtype=dtype, layout=layout, ue8m0=ue8m0)
     for num_tokens in BENCH_NUM_TOKENS:
         for layout in (ScaleLayout.ROW, ScaleLayout.COLUMN_TMA, ScaleLayout.PACKED_UE8M0):
             yield GroupQuantCase(num_tokens, 2048, layout=layout, ue8m0=layout is ScaleLayout.PACKED_UE8M0)
         yield GroupQuantCase(num_tokens, 2048, dtype=torch.int8)
+    for num_tokens, width, layout in product(
+        (1, 16, 128, 2048), MODEL_WIDTHS, (ScaleLayout.COLUMN_TMA, ScaleLayout.PACKED_UE8M0)
+    ):
+        yield GroupQuantCase(num_tokens, width, layout=layout, ue8m0=layout is ScaleLayout.PACKED_UE8M0)
     for num_tokens, hidden_size in [(3, 640), (1001, 768), (8, 18432)]:
         yield GroupQuantCase(num_tokens, hidden_size)
+    yield GroupQuantCase(16, 2880, group_size=32)
