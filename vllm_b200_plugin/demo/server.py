@@ -120,7 +120,13 @@ class Server:
         self._command += options
         if eager:
             self._command.append("--enforce-eager")
-        self._env = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", **(env or {})}
+        self._env = {
+            **os.environ,
+            "HF_HUB_OFFLINE": "1",
+            "VLLM_NO_USAGE_STATS": "1",
+            "DO_NOT_TRACK": "1",
+            **(env or {}),
+        }
         self._env.setdefault("VLLM_LOGGING_LEVEL", "INFO")
         if cpu:
             self._env.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
