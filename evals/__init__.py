@@ -1,0 +1,1 @@
+"""Checks that the plugin leaves a model as good as it was."""
