@@ -14,8 +14,12 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vllm_b200_plugin.environment import ENTRY_POINT, CannotRun
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 HOST = "127.0.0.1"
 MODEL_NAME = "demo"
@@ -91,50 +95,17 @@ def root_cause(log: Iterable[str]) -> str | None:
     return next(reversed(telling or found), None)
 
 
-class Server:
-    """`vllm serve` in its own process group. Use as a context manager: leaving it stops the whole group.
+class Child:
+    """A command in its own process group, its output in `log`. Use as a context manager: leaving it stops the group.
 
-    options: vllm serve's, instead of those that keep the demo small. env: variables on top of ours.
+    env: variables on top of ours.
     """
 
-    def __init__(
-        self,
-        model: Path,
-        log: Path,
-        port: int,
-        *,
-        eager: bool = False,
-        cpu: bool = False,
-        options: Sequence[str] | None = None,
-        env: Mapping[str, str] | None = None,
-    ):
-        self.model, self.log, self.port = model, log, port
-        self.url = f"http://{HOST}:{port}"
+    def __init__(self, command: Sequence[str], log: Path, env: Mapping[str, str] | None = None):
+        self.log = log
         self.process: subprocess.Popen | None = None
-        self._ready = False
-        self._command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model)]
-        self._command += ["--host", HOST, "--port", str(port), "--served-model-name", MODEL_NAME]
-        if options is None:
-            options = ["--max-model-len", "512", "--max-num-batched-tokens", "512", "--max-num-seqs", "8"]
-            options += [] if cpu else ["--gpu-memory-utilization", "0.2"]
-        self._command += options
-        if eager:
-            self._command.append("--enforce-eager")
-        self._env = {
-            **os.environ,
-            "HF_HUB_OFFLINE": "1",
-            "VLLM_NO_USAGE_STATS": "1",
-            "DO_NOT_TRACK": "1",
-            **(env or {}),
-        }
-        self._env.setdefault("VLLM_LOGGING_LEVEL", "INFO")
-        if cpu:
-            self._env.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-
-    @property
-    def command(self) -> str:
-        """The command as a user would type it."""
-        return " ".join(["vllm", *self._command[3:]])
+        self._command = list(command)
+        self._env = {**os.environ, **(env or {})}
 
     def start(self) -> None:
         with self.log.open("wb") as log:
@@ -148,7 +119,7 @@ class Server:
                 start_new_session=True,
             )
 
-    def __enter__(self) -> "Server":
+    def __enter__(self) -> "Self":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -157,12 +128,79 @@ class Server:
     def lines(self) -> list[str]:
         return self.log.read_text(errors="replace").splitlines() if self.log.exists() else []
 
+    def exit_code(self) -> int | None:
+        """None while it runs. Leaves it to stop() to reap, which needs its group number."""
+        assert self.process is not None, "start() first"
+        ended = os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        if ended is None:
+            return None
+        return ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
+
+    def stop(self, grace: float | None = None) -> None:
+        """Ask it to end, and after `grace` seconds (4 by default) end whatever of its process group is left."""
+        if self.process is None or self.process.returncode is not None:
+            return
+        group = self.process.pid
+        if self.exit_code() is None:
+            self.process.terminate()
+            _wait_until(lambda: self.exit_code() is not None, 4 if grace is None else grace)
+        # The leader is not reaped yet, so the number cannot belong to another group. Python's resource
+        # tracker removes the shared memory of the killed ones, and ends when the last of them has.
+        for pid, command in _members(group).items():
+            if "resource_tracker" not in command:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        _wait_until(lambda: not _members(group), 5)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(group, signal.SIGKILL)
+        self.process.wait()
+        _wait_until(lambda: not _members(group), 5)
+
+
+class Server(Child):
+    """`vllm serve`, for requests under the name MODEL_NAME.
+
+    options: vllm serve's, instead of those that keep the demo small. env: variables on top of ours.
+    """
+
+    def __init__(
+        self,
+        model: Path | str,
+        log: Path,
+        port: int,
+        *,
+        eager: bool = False,
+        cpu: bool = False,
+        options: Sequence[str] | None = None,
+        env: Mapping[str, str] | None = None,
+    ):
+        self.model, self.port = model, port
+        self.url = f"http://{HOST}:{port}"
+        self._ready = False
+        command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model)]
+        command += ["--host", HOST, "--port", str(port), "--served-model-name", MODEL_NAME]
+        if options is None:
+            options = ["--max-model-len", "512", "--max-num-batched-tokens", "512", "--max-num-seqs", "8"]
+            options += [] if cpu else ["--gpu-memory-utilization", "0.2"]
+        command += options
+        if eager:
+            command.append("--enforce-eager")
+        quiet = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+        super().__init__(command, log, {**quiet, **(env or {})})
+        self._env.setdefault("VLLM_LOGGING_LEVEL", "INFO")
+        if cpu:
+            self._env.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+
+    @property
+    def command(self) -> str:
+        """The command as a user would type it."""
+        return " ".join(["vllm", *self._command[3:]])
+
     def wait(self, timeout: float, progress: Callable[[float, str], None]) -> float:
         """Wait until the server answers; seconds that took. Calls progress(seconds, what the server is doing).
 
         Raises ServerFailed where it ends or `timeout` seconds pass.
         """
-        assert self.process is not None, "start() first"
         began = time.monotonic()
         doing, seen = "importing vLLM", 0
         while True:
@@ -172,7 +210,7 @@ class Server:
             seen = len(lines)
             elapsed = time.monotonic() - began
             progress(elapsed, doing)
-            if (code := self._exit_code()) is not None:
+            if (code := self.exit_code()) is not None:
                 raise ServerFailed(f"the server ended while {doing}, with exit code {code}.")
             if self._healthy():
                 self._ready = True
@@ -197,37 +235,8 @@ class Server:
             raise ServerFailed(f"the completion failed: {error!r}.") from None
 
     def stop(self, grace: float | None = None) -> None:
-        """Ask the server to end, and after `grace` seconds end whatever of its process group is left.
-
-        A server that is starting does not listen, so it gets 4 s by default, a ready one 20 s.
-        """
-        if grace is None:
-            grace = 20 if self._ready else 4
-        if self.process is None or self.process.returncode is not None:
-            return
-        group = self.process.pid
-        if self._exit_code() is None:
-            self.process.terminate()
-            _wait_until(lambda: self._exit_code() is not None, grace)
-        # The leader is not reaped yet, so the number cannot belong to another group. Python's resource
-        # tracker removes the shared memory of the killed ones, and ends when the last of them has.
-        for pid, command in _members(group).items():
-            if "resource_tracker" not in command:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-        _wait_until(lambda: not _members(group), 5)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(group, signal.SIGKILL)
-        self.process.wait()
-        _wait_until(lambda: not _members(group), 5)
-
-    def _exit_code(self) -> int | None:
-        """Of the server, or None while it runs. Leaves it to stop() to reap, which needs its group number."""
-        assert self.process is not None
-        ended = os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-        if ended is None:
-            return None
-        return ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
+        """As Child.stop. A server that is starting does not listen, so it gets 4 s by default, a ready one 20 s."""
+        super().stop((20 if self._ready else 4) if grace is None else grace)
 
     def _healthy(self) -> bool:
         try:
