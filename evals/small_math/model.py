@@ -19,7 +19,7 @@ class Sizes:
     vocab_size: int
     hidden_size: int = 256
     moe_intermediate_size: int = 256
-    num_layers: int = 3
+    num_layers: int = 2
     num_experts: int = 8
     num_experts_per_tok: int = 2
     num_heads: int = 4
