@@ -1,10 +1,10 @@
-"""The small model of evals/small_math: its tokenizer, training, and the checkpoints that are in the repository."""
+"""The small model of evals/small_math: its tokenizer, training, and the checkpoints that are in the repository.
+
+tests/test_evals_formats.py has vLLM serve them.
+"""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +15,6 @@ from evals.small_math import data, generate, quantize, templates, tokenizer, tra
 from evals.small_math.model import Model, Sizes, nvfp4
 
 CHECKPOINTS = Path(quantize.__file__).parent / "checkpoints"
-ROOT = Path(__file__).resolve().parents[1]
 SMALL = Sizes(vocab_size=640, hidden_size=128, num_layers=1)
 
 
@@ -180,10 +179,10 @@ def test_loss_falls(tmp_path):
     trainer = train.Trainer(options)
     batch = train._Batches(train.parse(["--out", str(tmp_path), "--rows", "4", "--length", "96"]))[0]
     losses = []
-    for step in range(12):
+    for step in range(8):
         trainer.step = 100 + step  # past the slowest part of the warm-up
         losses.append(trainer._update(*batch)[0].item())
-    assert losses[-1] < 0.6 * losses[0]
+    assert losses[-1] < 0.8 * losses[0]
 
 
 @pytest.mark.parametrize(
@@ -314,33 +313,3 @@ def test_the_demo_asks_what_training_never_shows():
     (index,) = (i for i, parts in enumerate(templates.TRAIN) if "} tickets for {" in parts[0] and "drinks" in parts[0])
     assert generate.is_test_combination(index, numbers)
     assert tokenizer.prompt(checkpoint.QUESTION) == checkpoint.PROMPT
-
-
-_ENGINE = """
-import json, sys
-from vllm import LLM, SamplingParams
-engine = LLM(sys.argv[1], enforce_eager=True, max_model_len=512, max_num_seqs=8, max_num_batched_tokens=512)
-outputs = engine.generate(json.loads(sys.argv[2]), SamplingParams(temperature=0, max_tokens=120))
-print(json.dumps([output.outputs[0].text for output in outputs]))
-"""
-
-
-@pytest.mark.serve
-def test_vllm_answers_as_the_worked_solutions(tmp_path):
-    """Without examples before the question. Of the formats that any CPU serves, tests/test_evals_gsm8k.py serves bf16,
-    and tests/test_serve.py fp8_block's weights."""
-    pytest.importorskip("vllm")
-    from vllm_b200_plugin import environment
-
-    if not environment.torch_is_cpu_only():
-        pytest.skip("a GPU serves all formats: see evals/results")
-    problems = generate.test_set(0, 4)
-    folder = str(CHECKPOINTS / "ct_fp8_block")
-    prompts = json.dumps([tokenizer.prompt(problem.question) for problem in problems])
-    env = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
-    command = [sys.executable, "-c", _ENGINE, folder, prompts]
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stdout + done.stderr
-    answers = json.loads(done.stdout.splitlines()[-1])
-    right = [text.strip() == problem.answer for text, problem in zip(answers, problems, strict=True)]
-    assert sum(right) >= 3, answers
