@@ -18,8 +18,8 @@ EOS_ID = 0
 _FIRST_BYTE = 1
 # Every text falls into these pieces, none left over. Read by Python's re and by the tokenizers library alike.
 PIECES = r"[0-9]|\n\n|\n| ?<<|>>|####| ?[A-Za-z]+| ?[^A-Za-z0-9 \n]| "
-# Training problems that are read to collect the words: each word comes a hundred times.
-_SAMPLE = 20000
+# Training problems that are read to collect the words: each word comes some thirty times.
+_SAMPLE = 6000
 
 # Chat is what the model knows: a question, and then its answer.
 _CHAT_TEMPLATE = (
