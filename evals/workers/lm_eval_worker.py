@@ -52,8 +52,11 @@ def load_task(request: dict[str, Any], folder: Path) -> Any:
     return task
 
 
-def load_model(request: dict[str, Any]) -> Any:
-    """lm-eval's model: of type local-completions where request["url"] names a server, else vllm."""
+def load_model(request: dict[str, Any], **engine: Any) -> Any:
+    """lm-eval's model: of type local-completions where request["url"] names a server, else vllm.
+
+    engine: arguments of vllm.LLM, where request["arguments"] has no others.
+    """
     if request["url"]:
         from lm_eval.models.openai_completions import LocalCompletionsAPI
 
@@ -69,7 +72,8 @@ def load_model(request: dict[str, Any]) -> Any:
         )
     from lm_eval.models.vllm_causallms import VLLM
 
-    return VLLM(request["model"], batch_size="auto", **worker_common.engine_arguments(request["arguments"]))
+    engine |= worker_common.engine_arguments(request["arguments"])
+    return VLLM(request["model"], batch_size="auto", **engine)
 
 
 def resumable(answer: Callable[..., list[str]], journal: Path, chunk: int, status: Status) -> Callable[..., list[str]]:
@@ -110,7 +114,11 @@ def work(folder: Path, request: dict[str, Any], status: Status) -> None:
     if request["check"]:
         return
     status(doing="loading the model")
-    model = load_model(request)
+    answer(load_model(request), task, folder, request, status)
+
+
+def answer(model: Any, task: Any, folder: Path, request: dict[str, Any], status: Status) -> None:
+    """Ask lm-eval's model the task's questions."""
     model.generate_until = resumable(model.generate_until, folder / "answers.jsonl", request["chunk"], status)
 
     import lm_eval

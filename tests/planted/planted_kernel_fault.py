@@ -1,0 +1,62 @@
+"""A vLLM plugin that breaks a kernel of ours in one way, for tests of what must notice: PLANTED_FAULT=name.
+
+It is found where this folder is on PYTHONPATH.
+"""
+
+import importlib
+import os
+
+import torch
+
+from vllm_b200_plugin import post_import
+
+LINEAR = "vllm_b200_plugin.integration.fp8_block_op"
+EXPERTS = "vllm_b200_plugin.integration.moe_fp8"
+
+
+def scales_of_two_groups_swapped() -> None:
+    module = importlib.import_module(LINEAR)
+    right = module.per_token_group_quant
+
+    def wrong(*args, **kwargs):
+        q, scale = right(*args, **kwargs)
+        scale[..., :2] = scale[..., :2].flip(-1)
+        return q, scale
+
+    module.per_token_group_quant = wrong
+
+
+def last_column_dropped() -> None:
+    module = importlib.import_module(LINEAR)
+    right = module.fp8_block_scaled_mm
+
+    def wrong(*args, **kwargs):
+        out = right(*args, **kwargs)
+        out[:, -1] = 0
+        return out
+
+    module.fp8_block_scaled_mm = wrong
+
+
+def two_experts_swapped() -> None:
+    module = importlib.import_module(EXPERTS)
+    right = module.fp8_block_scaled_moe
+
+    def wrong(x, w1, *args, **kwargs):
+        order = torch.arange(w1.shape[0])
+        order[:2] = order[:2].flip(0)
+        return right(x, w1[order], *args, **kwargs)
+
+    module.fp8_block_scaled_moe = wrong
+
+
+FAULTS = {
+    "scales of two groups swapped": (LINEAR, scales_of_two_groups_swapped),
+    "last column dropped": (LINEAR, last_column_dropped),
+    "two experts swapped": (EXPERTS, two_experts_swapped),
+}
+
+
+def register() -> None:
+    module, plant = FAULTS[os.environ["PLANTED_FAULT"]]
+    post_import.when_imported(module, plant)
