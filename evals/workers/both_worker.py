@@ -17,7 +17,7 @@ def work(folder: Path, request: dict[str, Any], status: Status) -> None:
     task = lm_eval_worker.load_task(request, folder)
     status(doing="loading the model")
     texts = request["parity"]
-    model = lm_eval_worker.load_model(request, max_logprobs=texts["top"], enable_prefix_caching=False)
+    model = lm_eval_worker.load_model(request, max_logprobs=texts["top"])
     lm_eval_worker.answer(model, task, folder, request, status)
     logprobs_worker.score(model.model, folder, {**texts, "model": request["model"]}, status)
 

@@ -17,7 +17,7 @@ def work(folder: Path, request: dict[str, Any], status: Status) -> None:
     arguments = worker_common.engine_arguments(request["arguments"])
     from vllm import LLM
 
-    engine = LLM(request["model"], **{"max_logprobs": request["top"], "enable_prefix_caching": False, **arguments})
+    engine = LLM(request["model"], **{"max_logprobs": request["top"], **arguments})
     score(engine, folder, request, status)
 
 
