@@ -14,7 +14,12 @@ pytestmark = [pytest.mark.serve]
 
 QUESTIONS = 60
 PLANTED = Path(__file__).parent / "planted"
-FAULTS = ("scales of two groups swapped", "last column dropped", "two experts swapped")
+FAULTS = ("scales of two groups swapped", "last column of every MMA tile dropped", "two experts swapped")
+# One column of the whole output changes no answer of this model: only parity sees it.
+CASES = [
+    *((program, fault) for program in (gsm8k, parity) for fault in (None, *FAULTS)),
+    (parity, "last column dropped"),
+]
 # What stock vLLM serves on a CPU has another arithmetic, so the baseline is the plugin without a feature for GPUs.
 MODEL = (str(CHECKPOINTS / "fp8_block"), "--baseline", "group_quant_ops")
 ENGINE = ("--", "--enforce-eager", "--max-model-len", "512", "--max-num-seqs", "64")
@@ -54,8 +59,7 @@ def check(tmp_path_factory, preloaded):
         yield run
 
 
-@pytest.mark.parametrize("program", [gsm8k, parity], ids=["gsm8k", "parity"])
-@pytest.mark.parametrize("fault", [None, *FAULTS])
+@pytest.mark.parametrize("program, fault", CASES, ids=lambda value: getattr(value, "__name__", str(value)))
 def test_planted_fault(check, program, fault, capsys):
     code = check(program, fault)
     output = capsys.readouterr()

@@ -12,6 +12,7 @@ from vllm_b200_plugin import post_import
 
 LINEAR = "vllm_b200_plugin.integration.fp8_block_op"
 EXPERTS = "vllm_b200_plugin.integration.moe_fp8"
+EXPERTS_OP = "vllm_b200_plugin.ops.moe"
 
 
 def scales_of_two_groups_swapped() -> None:
@@ -26,16 +27,18 @@ def scales_of_two_groups_swapped() -> None:
     module.per_token_group_quant = wrong
 
 
-def last_column_dropped() -> None:
-    module = importlib.import_module(LINEAR)
-    right = module.fp8_block_scaled_mm
+def last_column_dropped(every: int | None = None) -> None:
+    """Of the output, or of every so many columns of it, as of a tile; in linear layers and in experts."""
+    for name in (LINEAR, EXPERTS_OP):
+        module = importlib.import_module(name)
 
-    def wrong(*args, **kwargs):
-        out = right(*args, **kwargs)
-        out[:, -1] = 0
-        return out
+        def wrong(*args, right=module.fp8_block_scaled_mm, **kwargs):
+            out = right(*args, **kwargs)
+            width = every or out.shape[1]
+            out[:, width - 1 :: width] = 0
+            return out
 
-    module.fp8_block_scaled_mm = wrong
+        module.fp8_block_scaled_mm = wrong
 
 
 def two_experts_swapped() -> None:
@@ -53,6 +56,7 @@ def two_experts_swapped() -> None:
 FAULTS = {
     "scales of two groups swapped": (LINEAR, scales_of_two_groups_swapped),
     "last column dropped": (LINEAR, last_column_dropped),
+    "last column of every MMA tile dropped": (LINEAR, lambda: last_column_dropped(8)),
     "two experts swapped": (EXPERTS, two_experts_swapped),
 }
 
