@@ -14,6 +14,7 @@ significantly fewer right answers, or beyond --multiple times its noise floor, o
 import argparse
 import gzip
 import json
+import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -62,6 +63,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--multiple", type=float, default=4, help="of the noise floor; default: %(default)s")
     parser.add_argument("--least-floor", type=float, default=1e-5, metavar="NATS", help="default: %(default)s")
     parser.add_argument("--jobs", type=int, default=4, help="engines at once; default: %(default)s")
+    parser.add_argument("--time-limit", type=float, default=math.inf, metavar="SECONDS",
+                        help="end the engines that are not done then, and write what there is")  # fmt: skip
     parser.add_argument("--out", type=Path, required=True, metavar="DIR",
                         help="for records.jsonl, answers.jsonl.gz, summary.md")  # fmt: skip
     parser.add_argument("--work", type=Path, default=Path("results", "all_formats"), metavar="DIR",
@@ -119,7 +122,8 @@ def run(options: argparse.Namespace) -> int:
             request = {**asked, "model": path, "arguments": options.vllm}
             tasks.append(Task("both_worker", request, folder, env, f"{model.name} {side.what}"))
     waiting = [i for i, task in enumerate(tasks) if not (task.folder / "logprobs.json").exists()]
-    errors = processes.run_all([tasks[i] for i in waiting], options.jobs, f"{len(models)} formats")
+    label = f"{len(models)} formats"
+    errors = processes.run_all([tasks[i] for i in waiting], options.jobs, label, options.time_limit)
     failed = {(keys[waiting[i]][0], keys[waiting[i]][1].name): error for i, error in errors.items()}
     results = {
         (name, side.name): _read(side, task.folder)
@@ -154,7 +158,7 @@ def _read(side: Side, folder: Path) -> Result:
 def _compare(
     model: Path,
     results: Mapping[tuple[str, str], Result],
-    failed: Mapping[tuple[str, str], SideFailed | CannotRun],
+    failed: Mapping[tuple[str, str], SideFailed],
     options: argparse.Namespace,
 ) -> Compared:
     found = Compared(model.name, parity.quantisation(str(model)))
@@ -162,7 +166,7 @@ def _compare(
     keys = {BASELINE: reference if options.reference_only else (model.name, BASELINE), PLUGIN: (model.name, PLUGIN)}
     for side, key in keys.items():
         if key in failed:
-            found.failed[side] = getattr(failed[key], "cause", str(failed[key]))
+            found.failed[side] = failed[key].cause
         else:
             counted = results[key].answers["results"]
             found.accuracy[side] = {name: counted[f"exact_match,{name}"] for name in FILTERS}

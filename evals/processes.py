@@ -5,6 +5,7 @@ A worker has a folder of its own: request.json says what to do, status.json how 
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -105,13 +106,22 @@ def run(task: Task) -> None:
         worker.check()
 
 
-def run_all(tasks: Sequence[Task], jobs: int, label: str) -> dict[int, SideFailed | CannotRun]:
-    """Run tasks, up to `jobs` of them at once; the errors of those that failed, by index in `tasks`."""
+def run_all(tasks: Sequence[Task], jobs: int, label: str, limit: float = math.inf) -> dict[int, SideFailed]:
+    """Run tasks, up to `jobs` of them at once; the errors of those that failed, by index in `tasks`.
+
+    limit: seconds after which those that are not done are ended, and have failed. Raises CannotRun, with all others
+    ended, where a worker found that it was asked for the impossible: what is missing for one is missing for all.
+    """
     waiting = list(enumerate(tasks))
     running: dict[int, tuple[Worker, contextlib.ExitStack]] = {}
-    failed: dict[int, SideFailed | CannotRun] = {}
+    failed: dict[int, SideFailed] = {}
+    began = time.monotonic()
     with Progress(label) as progress, ended_by_signals(), contextlib.ExitStack() as everything:
         while waiting or running:
+            if time.monotonic() - began > limit:
+                late = f"ended after {limit:g} s, as asked"
+                left = [*waiting, *((index, worker.task) for index, (worker, _) in running.items())]
+                return failed | {index: SideFailed(f"{task.label} was {late}.", late) for index, task in left}
             while waiting and len(running) < jobs:
                 index, task = waiting.pop(0)
                 own = everything.enter_context(contextlib.ExitStack())
@@ -120,7 +130,7 @@ def run_all(tasks: Sequence[Task], jobs: int, label: str) -> dict[int, SideFaile
                 if worker.exit_code() is not None:
                     try:
                         worker.check()
-                    except (SideFailed, CannotRun) as error:
+                    except SideFailed as error:
                         failed[index] = error
                     own.close()
                     del running[index]

@@ -98,7 +98,7 @@ def engines(tmp_path, monkeypatch):
     monkeypatch.setattr(all_formats.environment, "module_exists", lambda name: True)
 
     def run(behaviour, *options):
-        def run_all(tasks, jobs, label):
+        def run_all(tasks, jobs, label, limit):
             failed = {}
             for index, task in enumerate(tasks):
                 name = "/".join(task.folder.parts[-2:])

@@ -5,7 +5,9 @@ Writes results.json. Answers go to answers.jsonl as they come, and those that ar
 
 import difflib
 import hashlib
+import importlib
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,8 +20,17 @@ FILTERS = ("strict-match", "flexible-extract")
 
 def load_task(request: dict[str, Any], folder: Path) -> Any:
     """lm-eval's task of that name, with its dataset from request["data"] where that is given. Raises Cannot."""
-    import lm_eval
-    from lm_eval.tasks import TaskManager
+    try:
+        import lm_eval
+        import lm_eval.evaluator
+        from lm_eval.tasks import TaskManager
+
+        remote = request["url"] or request["check"]
+        importlib.import_module(f"lm_eval.models.{'openai_completions' if remote else 'vllm_causallms'}")
+    except ImportError as error:
+        raise Cannot(
+            f'lm-eval cannot be imported for {sys.executable}: {error}; pip install "lm-eval[api]".'
+        ) from error
 
     # lm-eval's other tasks are ten thousand files to read.
     tasks = Path(lm_eval.__file__).parent / "tasks" / "gsm8k"
