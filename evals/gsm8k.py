@@ -17,8 +17,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from evals import paired, sides
-from evals.sides import BASELINE, PLUGIN, Side, SideFailed
+from evals import paired, processes, sides
+from evals.processes import SideFailed, Task
+from evals.sides import BASELINE, PLUGIN, Side
 from vllm_b200_plugin import environment
 from vllm_b200_plugin.environment import CannotRun
 
@@ -27,10 +28,7 @@ FILTERS = ("strict-match", "flexible-extract")
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """Options, and in .vllm what follows --."""
-    own, vllm = arguments, []
-    if "--" in arguments:
-        split = arguments.index("--")
-        own, vllm = arguments[:split], arguments[split + 1 :]
+    own, vllm = sides.split(arguments)
     parser = argparse.ArgumentParser(
         prog="python -m evals.gsm8k", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -108,7 +106,7 @@ def run(options: argparse.Namespace) -> int:
     settings = {
         "model": model,
         "model files": sides.model_digest(model),
-        "data": {name: _digest(Path(file)) for name, file in data.items()} if data else "hub",
+        "data": {name: digest(Path(file)) for name, file in data.items()} if data else "hub",
         "task": options.task,
         "fewshot": options.fewshot,
         "limit": options.limit,
@@ -119,15 +117,14 @@ def run(options: argparse.Namespace) -> int:
     }
     results = {}
     for side in (baseline, plugin):
-        own = {"side": side.what, "env": dict(side.env), "versions": _versions(versions, side)}
-        sides.claim(out / side.name, {**settings, **own}, options.fresh)
+        sides.claim(out / side.name, {**settings, **sides.identity(side, versions)}, options.fresh)
     for side in (baseline, plugin):
         results[side.name] = _side(side, options, model, data, out / side.name)
     print(f"model     {model}")
     print(f"task      {options.task}, {results[BASELINE]['questions']} questions, {settings['way']}")
     for name, version in versions.items():
         print(f"{name:<9} {version}")
-    comparisons = {name: _paired(results[BASELINE], results[PLUGIN], name) for name in FILTERS}
+    comparisons = {name: compare(results[BASELINE], results[PLUGIN], name) for name in FILTERS}
     print("\n" + report(baseline.what, plugin.what, comparisons))
     worse = [name for name, comparison in comparisons.items() if comparison.significantly_worse]
     content = {
@@ -144,13 +141,14 @@ def run(options: argparse.Namespace) -> int:
     return 1 if worse else 0
 
 
-def _versions(versions: dict[str, str], side: Side) -> dict[str, str]:
-    """Those that the side's answers depend on: stock vLLM's do not on the plugin's."""
-    stock = "VLLM_PLUGINS" in side.env
-    return {name: version for name, version in versions.items() if name != "plugin" or not stock}
+def request(options: argparse.Namespace, data: dict[str, str] | None) -> dict[str, Any]:
+    """What lm_eval_worker takes besides a model and vLLM's arguments, in-process."""
+    names = ("task", "fewshot", "limit", "chunk", "concurrency")
+    return {"data": data, "url": None, "check": False, **{name: getattr(options, name) for name in names}}
 
 
-def _digest(file: Path) -> str:
+def digest(file: Path) -> str:
+    """Changes with the file's content."""
     return hashlib.sha256(file.read_bytes()).hexdigest()[:12]
 
 
@@ -160,36 +158,25 @@ def _side(
     """Results of a side, computed unless they are there. Raises CannotRun, SideFailed."""
     file = folder / "results.json"
     if not file.exists():
-        request = {
-            "task": options.task,
-            "data": data,
-            "fewshot": options.fewshot,
-            "limit": options.limit,
-            "chunk": options.chunk,
-            "concurrency": options.concurrency,
-            "model": model,
-            "url": None,
-            "arguments": options.vllm,
-            "check": False,
-        }
-        offline = sides.offline_environment(model)
-        if data:
-            offline["HF_DATASETS_OFFLINE"] = "1"
+        asked = {**request(options, data), "model": model, "arguments": options.vllm}
+        offline = sides.offline_environment(model, bool(data))
         if options.serve or side.url:
             if options.serve and side.name == BASELINE:  # before the minutes that a server takes
-                sides.run_worker("lm_eval_worker", {**request, "check": True}, folder, offline, "task and dataset")
+                check = {**asked, "check": True}
+                processes.run(Task("lm_eval_worker", check, folder, offline, "task and dataset"))
             with sides.running_server(side, model, options.vllm, folder, options.timeout) as (url, name):
-                request |= {"url": url, "model": name}
-                sides.run_worker("lm_eval_worker", request, folder, offline, side.what)
+                asked |= {"url": url, "model": name}
+                processes.run(Task("lm_eval_worker", asked, folder, offline, side.what))
         else:
-            sides.run_worker("lm_eval_worker", request, folder, {**offline, **side.env}, side.what)
+            processes.run(Task("lm_eval_worker", asked, folder, {**offline, **side.env}, side.what))
     result = json.loads(file.read_text())
     if not (options.serve or side.url):
         sides.check_features(side, result["features"])
     return result
 
 
-def _paired(baseline: dict[str, Any], plugin: dict[str, Any], name: str) -> paired.Paired:
+def compare(baseline: dict[str, Any], plugin: dict[str, Any], name: str) -> paired.Paired:
+    """Two sides' results.json by one of FILTERS. Raises SideFailed where they answered different questions."""
     verdicts = []
     for result in (baseline, plugin):
         verdicts.append({entry["id"]: entry["right"] for entry in result["samples"] if entry["filter"] == name})

@@ -1,7 +1,7 @@
 """The two sides of a comparison, each in processes of its own: the baseline (stock vLLM) and the plugin.
 
-A side works in its own folder: request.json says what to do, status.json how far it is, log what its processes wrote,
-side.json what the results in the folder belong to. A side that is interrupted goes on from there.
+A side works in its own folder; side.json says what the results in the folder belong to. A side that is interrupted
+goes on from there.
 """
 
 import contextlib
@@ -11,9 +11,7 @@ import importlib.metadata
 import json
 import os
 import shutil
-import signal
 import sys
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,20 +19,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from evals.processes import Progress, SideFailed, ended_by_signals
 from vllm_b200_plugin import environment, features
-from vllm_b200_plugin.demo.server import Child, Server, ServerFailed, free_port, root_cause
+from vllm_b200_plugin.demo.server import Server, ServerFailed, free_port, root_cause
 from vllm_b200_plugin.environment import CannotRun
 
 BASELINE, PLUGIN = "baseline", "plugin"
 STOCK = "stock"
-_WORKERS = Path(__file__).parent / "workers"
 _ROOT = Path(__file__).resolve().parents[1]
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "tekken.json")
-_OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
-
-
-class SideFailed(Exception):
-    """A side ended without a result. The message is one sentence."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +65,12 @@ def both(baseline: str, urls: tuple[str, str] | None = None) -> tuple[Side, Side
         )
     disabled = [*filter(None, os.environ.get("VLLM_B200_DISABLE", "").split(",")), *names]
     return Side(BASELINE, f"the plugin without {', '.join(names)}", {"VLLM_B200_DISABLE": ",".join(disabled)}), plugin
+
+
+def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(ours, vLLM's): what stands before -- on a command line, and what stands behind it."""
+    at = arguments.index("--") if "--" in arguments else len(arguments)
+    return list(arguments[:at]), list(arguments[at + 1 :])
 
 
 def _other_plugins() -> str:
@@ -159,6 +158,13 @@ def get_json(url: str, body: object = None, timeout: float = 600) -> Any:
         return json.load(answer)
 
 
+def identity(side: Side, versions: Mapping[str, str]) -> dict[str, Any]:
+    """What a side's results depend on besides what was asked: stock vLLM's do not depend on the plugin."""
+    stock = "VLLM_PLUGINS" in side.env
+    mine = {name: version for name, version in versions.items() if name != "plugin" or not stock}
+    return {"side": side.what, "env": dict(side.env), "versions": mine}
+
+
 def claim(folder: Path, settings: Mapping[str, Any], fresh: bool) -> None:
     """Make `folder` one whose results belong to `settings`.
 
@@ -184,37 +190,10 @@ def claim(folder: Path, settings: Mapping[str, Any], fresh: bool) -> None:
         raise CannotRun(f"{folder} cannot be used ({error}): name another --out.") from None
 
 
-def offline_environment(model: str) -> dict[str, str]:
-    """A model that is a folder needs no hub."""
-    return {"HF_HUB_OFFLINE": "1"} if Path(model).is_dir() else {}
-
-
-def run_worker(worker: str, request: Mapping[str, Any], folder: Path, env: Mapping[str, str], label: str) -> None:
-    """Run a script of workers/ on `request` in `folder`, which is this side's, showing progress.
-
-    It runs as a file of its own folder, so that vLLM gets the installed plugin, never this source tree. Raises
-    SideFailed, or CannotRun where the worker found that it was asked for the impossible.
-    """
-    status = folder / "status.json"
-    status.unlink(missing_ok=True)
-    (folder / "request.json").write_text(json.dumps(request, indent=2) + "\n")
-    env = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "TOKENIZERS_PARALLELISM": "false", **env}
-    if environment.torch_is_cpu_only():
-        env.setdefault("VLLM_CPU_KVCACHE_SPACE", os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1"))
-    command = [sys.executable, str(_WORKERS / f"{worker}.py"), str(folder)]
-    progress = Progress(label)
-    with Child(command, folder / "log", env) as child, progress, ended_by_signals():
-        child.start()
-        while (code := child.exit_code()) is None:
-            progress.show(_read(status))
-            time.sleep(0.2)
-        last = _read(status)
-        progress.show(last)
-    if problem := last.get("cannot"):
-        raise CannotRun(problem)
-    if code or not last.get("finished"):
-        cause = root_cause(child.lines()) or f"exit code {code}"
-        raise SideFailed(f"{label} failed while {last.get('doing', 'starting')}: {cause} (see {child.log}).")
+def offline_environment(model: str, own_data: bool = False) -> dict[str, str]:
+    """A model that is a folder needs no hub, nor does a dataset of one's own."""
+    env = {"HF_HUB_OFFLINE": "1"} if Path(model).is_dir() else {}
+    return {**env, "HF_DATASETS_OFFLINE": "1"} if own_data else env
 
 
 def check_features(side: Side, state: Mapping[str, str] | None) -> None:
@@ -252,50 +231,3 @@ def running_server(
         except ServerFailed as error:
             raise SideFailed(f"{side.what}: {error} Cause: {root_cause(server.lines())} (see {log})") from None
         yield server.url, served_model(server.url)
-
-
-@contextlib.contextmanager
-def ended_by_signals() -> Iterator[None]:
-    """SIGTERM ends the block as Ctrl-C does, so that what it started is stopped."""
-    previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-
-
-def _read(status: Path) -> dict[str, Any]:
-    try:
-        return json.loads(status.read_text())
-    except (OSError, ValueError):
-        return {}
-
-
-class Progress:
-    """One line that follows what a side does: rewritten on a terminal, else a new one whenever it changes."""
-
-    def __init__(self, label: str):
-        self._label, self._last = label, ""
-        self._terminal = sys.stderr.isatty()
-        self._began = time.monotonic()
-
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._terminal:
-            print(file=sys.stderr, flush=True)
-
-    def show(self, status: Mapping[str, Any]) -> None:
-        text = status.get("doing", "starting")
-        if total := status.get("total"):
-            done = status["done"]
-            filled = 20 * done // total
-            text += f" [{'#' * filled}{'.' * (20 - filled)}] {done}/{total}"
-        if self._terminal:
-            seconds = int(time.monotonic() - self._began)
-            line = f"{self._label}: {text}, {seconds // 60}:{seconds % 60:02d}"
-            print(f"\r{line[: shutil.get_terminal_size().columns - 1]:<79}", end="", file=sys.stderr, flush=True)
-        elif text != self._last:
-            print(f"{self._label}: {text}", file=sys.stderr, flush=True)
-        self._last = text

@@ -1,8 +1,9 @@
-"""Skips GPU tests, with the reason, where they cannot run."""
+"""Skips GPU tests, with the reason, where they cannot run; holds the process that engines of evals' tests fork from."""
 
 import functools
 import os
 
+import preloaded_worker
 import pytest
 
 # No test may look for a model on a hub.
@@ -33,3 +34,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if marked and (reason := _why_no_gpu_tests()):
         for item in marked:
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session")
+def preloaded():
+    """A stand-in for evals.processes.Worker."""
+    pytest.importorskip("vllm")
+    pytest.importorskip("lm_eval")
+    with preloaded_worker.preloaded() as worker:
+        yield worker

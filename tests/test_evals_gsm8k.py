@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import fake_completions
+import preloaded_worker
 import pytest
 
 from evals import gsm8k, sides
@@ -252,9 +253,10 @@ def test_in_process_with_and_without_the_plugin(data, tmp_path, monkeypatch):
     from vllm_b200_plugin.demo import checkpoint
 
     checkpoint.make(tmp_path / "model", "bf16")
-    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # one process a side is half the start-up
     for name in [name for name in os.environ if name.startswith("VLLM_B200_")]:
         monkeypatch.delenv(name)
+    for name, value in preloaded_worker.ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
     command = (tmp_path / "model", "--data", data, "--limit", 2, "--fewshot", 1, "--out", tmp_path / "out")
     done = evaluate(*command, "--", "--enforce-eager", "--max-num-seqs", 4)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -5,7 +5,9 @@ Writes results.json. Answers go to answers.jsonl as they come, and those that ar
 
 import difflib
 import hashlib
+import importlib
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,8 +20,17 @@ FILTERS = ("strict-match", "flexible-extract")
 
 def load_task(request: dict[str, Any], folder: Path) -> Any:
     """lm-eval's task of that name, with its dataset from request["data"] where that is given. Raises Cannot."""
-    import lm_eval
-    from lm_eval.tasks import TaskManager
+    try:
+        import lm_eval
+        import lm_eval.evaluator
+        from lm_eval.tasks import TaskManager
+
+        remote = request["url"] or request["check"]
+        importlib.import_module(f"lm_eval.models.{'openai_completions' if remote else 'vllm_causallms'}")
+    except ImportError as error:
+        raise Cannot(
+            f'lm-eval cannot be imported for {sys.executable}: {error}; pip install "lm-eval[api]".'
+        ) from error
 
     # lm-eval's other tasks are ten thousand files to read.
     tasks = Path(lm_eval.__file__).parent / "tasks" / "gsm8k"
@@ -52,8 +63,11 @@ def load_task(request: dict[str, Any], folder: Path) -> Any:
     return task
 
 
-def load_model(request: dict[str, Any]) -> Any:
-    """lm-eval's model: of type local-completions where request["url"] names a server, else vllm."""
+def load_model(request: dict[str, Any], **engine: Any) -> Any:
+    """lm-eval's model: of type local-completions where request["url"] names a server, else vllm.
+
+    engine: arguments of vllm.LLM, where request["arguments"] has no others.
+    """
     if request["url"]:
         from lm_eval.models.openai_completions import LocalCompletionsAPI
 
@@ -69,7 +83,8 @@ def load_model(request: dict[str, Any]) -> Any:
         )
     from lm_eval.models.vllm_causallms import VLLM
 
-    return VLLM(request["model"], batch_size="auto", **worker_common.engine_arguments(request["arguments"]))
+    engine |= worker_common.engine_arguments(request["arguments"])
+    return VLLM(request["model"], batch_size="auto", **engine)
 
 
 def resumable(answer: Callable[..., list[str]], journal: Path, chunk: int, status: Status) -> Callable[..., list[str]]:
@@ -110,7 +125,11 @@ def work(folder: Path, request: dict[str, Any], status: Status) -> None:
     if request["check"]:
         return
     status(doing="loading the model")
-    model = load_model(request)
+    answer(load_model(request), task, folder, request, status)
+
+
+def answer(model: Any, task: Any, folder: Path, request: dict[str, Any], status: Status) -> None:
+    """Ask lm-eval's model the task's questions."""
     model.generate_until = resumable(model.generate_until, folder / "answers.jsonl", request["chunk"], status)
 
     import lm_eval
