@@ -1,7 +1,7 @@
 """Gated activations with quantisation: the reference against its parts and float64, the CUDA kernels against both.
 
-The kernels' exp2 and reciprocal are the hardware's, so scales agree to some 1e-6 and a number may be the neighbour of the
-reference's where the two lie on either side of a rounding boundary.
+The kernels' exp2 and reciprocal are the hardware's, so scales agree to some 1e-6 and a number may be the neighbour of
+the reference's where the two lie on either side of a rounding boundary.
 """
 
 import pytest

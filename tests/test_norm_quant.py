@@ -1,5 +1,5 @@
-"""RMSNorm with quantisation: the reference against float64 and its parts, the CUDA kernels against the reference, bit for
-bit."""
+"""RMSNorm with quantisation: the reference against float64 and its parts, the CUDA kernels against the reference, bit
+for bit."""
 
 from dataclasses import replace
 

@@ -94,9 +94,7 @@ class MaskedSiluQuantCase:
 
     def __str__(self) -> str:
         scales = "packed_ue8m0" if self.packed else "column"
-        return (
-            f"{self.num_experts}x{self.max_tokens}x{self.intermediate_size}-{self.num_tokens}-{self.counts}-{scales}"
-        )
+        return f"{self.num_experts}x{self.max_tokens}x{self.intermediate_size}-{self.num_tokens}-{self.counts}-{scales}"
 
     @property
     def num_bytes(self) -> int:

@@ -35,7 +35,6 @@ class TokenQuantCase:
         """bf16 in, one byte an element out, and the scales, read or written."""
         return 3 * self.num_tokens * self.hidden_size + 4 * (1 if self.static else self.num_tokens)
 
-
     def make_input(self, device: torch.device | str, seed: int = 0) -> torch.Tensor:
         """Normal values, each row at a scale of its own between 2^-8 and 2^8."""
         generator = torch.Generator(device).manual_seed(seed)

@@ -1,10 +1,11 @@
-"""silu_and_mul and group quantisation of the valid rows of every expert, in DeepGEMM's masked layout: ours, vLLM's op."""
+"""silu_and_mul and group quantisation of the valid rows of every expert, in DeepGEMM's masked layout: ours, vLLM's."""
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
+import vllm_b200_plugin.ops.gated_quant  # noqa: F401 - defines the ops
 from benchmarks import families
 from benchmarks.cases.silu_quant import MaskedSiluQuantCase, masked_benchmarks
 from benchmarks.families import Run
@@ -21,7 +22,6 @@ from benchmarks.families._common import (
     verdict,
     vllm_op,
 )
-from vllm_b200_plugin.ops import gated_quant as _  # defines the ops
 from vllm_b200_plugin.ops.quant import ScaleLayout, empty_scale
 
 OP = "masked_silu_quant"
@@ -79,7 +79,7 @@ IMPLEMENTATIONS: dict[str, Callable[[MaskedSiluQuantCase, int], Run]] = {
 def check(case: MaskedSiluQuantCase, seed: int, outputs: tuple[torch.Tensor, ...]) -> tuple[bool, dict[str, Any]]:
     """Right when q * scale of the valid rows is silu(gate) * up within the format's error."""
     q, scale = outputs
-    x, counts, _, _ = _tensors(case, seed)
+    x, counts, *_ = _tensors(case, seed)
     valid = torch.arange(case.max_tokens, device=families.device) < counts.unsqueeze(-1)
     gate, up = x[valid].double().chunk(2, dim=-1)
     values = dequantise(q[valid], unpack_scale(scale[valid], case.intermediate_size // GROUP))

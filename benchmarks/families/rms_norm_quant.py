@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+import vllm_b200_plugin.ops.norm_quant  # noqa: F401 - defines the ops
 from benchmarks import families
 from benchmarks.cases.rms_norm_quant import RmsNormQuantCase, benchmarks
 from benchmarks.families import Missing, Run
@@ -30,7 +31,6 @@ from benchmarks.families._common import (
     vllm_group_quant,
     vllm_op,
 )
-from vllm_b200_plugin.ops import norm_quant as _  # defines the ops
 from vllm_b200_plugin.ops.quant import ScaleLayout, empty_scale
 
 OP = "rms_norm_quant"

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+import vllm_b200_plugin.ops.gated_quant  # noqa: F401 - defines the ops
 from benchmarks import families
 from benchmarks.cases.silu_quant import SiluQuantCase, benchmarks
 from benchmarks.families import Missing, Run
@@ -26,7 +27,6 @@ from benchmarks.families._common import (
     vllm_group_quant,
     vllm_op,
 )
-from vllm_b200_plugin.ops import gated_quant as _  # defines the ops
 from vllm_b200_plugin.ops.quant import ScaleLayout, empty_scale
 
 OP = "silu_quant"

@@ -61,7 +61,8 @@ bool is_float(const Tensor& x) { return is_16_bit(x) || x.scalar_type() == Scala
 void dynamic_per_token_scaled_fp8_quant(Tensor result, Tensor input, Tensor scale, OptionalTensor scale_ub) {
   if (is_float(input) && is_e4m3(result) && takes_rows(input, result, 1, kMaxTokenQuantHiddenSize) &&
       one_a_row(scale, input) && (!scale_ub || is_one_float(*scale_ub))) {
-    return run("vllm_b200::per_token_quant", &ops::per_token_quant, input, result, scale, OptionalTensor{}, scale_ub, false);
+    return run("vllm_b200::per_token_quant", &ops::per_token_quant, input, result, scale, OptionalTensor{}, scale_ub,
+               false);
   }
   call_dispatcher("vllm_b200::vllm_dynamic_per_token_scaled_fp8_quant", result, input, scale, scale_ub);
 }
@@ -108,7 +109,8 @@ void silu_and_mul_per_block_quant(Tensor out, Tensor input, Tensor scales, int64
       out.size(1) % group_size == 0) {
     const int64_t rows = out.size(0);
     if (const auto scale = group_scales(scales, rows, out.size(1) / group_size, is_scale_transposed, rows)) {
-      return run("vllm_b200::gated_group_quant", &ops::gated_group_quant, input, out, *scale, group_size, is_e4m3(out) ? kE4M3Eps : kInt8Eps, false, false, int64_t{0},
+      return run("vllm_b200::gated_group_quant", &ops::gated_group_quant, input, out, *scale, group_size,
+                 is_e4m3(out) ? kE4M3Eps : kInt8Eps, false, false, int64_t{0},
                                     0.0, 1.0, 0.0, false);
     }
   }
@@ -118,7 +120,8 @@ void silu_and_mul_per_block_quant(Tensor out, Tensor input, Tensor scales, int64
 
 void silu_and_mul_quant(Tensor result, Tensor input, Tensor scale) {
   if (is_16_bit(input) && is_e4m3(result) && takes_rows(input, result, 2, kAnyWidth) && is_one_float(scale)) {
-    return run("vllm_b200::gated_tensor_quant", &ops::gated_tensor_quant, input, result, scale, int64_t{0}, 0.0, 1.0, 0.0, false);
+    return run("vllm_b200::gated_tensor_quant", &ops::gated_tensor_quant, input, result, scale, int64_t{0}, 0.0, 1.0,
+               0.0, false);
   }
   call_dispatcher("vllm_b200::vllm_silu_and_mul_quant", result, input, scale);
 }
@@ -132,7 +135,8 @@ void persistent_masked_m_silu_mul_quant(Tensor input, Tensor counts, Tensor y_q,
       input.stride(1) % 8 == 0 && input.stride(0) % 8 == 0 && y_q.stride(1) % 16 == 0 && y_q.stride(0) % 16 == 0 &&
       y_s.size(1) == y_q.size(1) && y_s.size(2) == (packed ? (y_q.size(2) / 128 + 3) / 4 : y_q.size(2) / 128) &&
       reinterpret_cast<uintptr_t>(input.data_ptr()) % 16 == 0 && reinterpret_cast<uintptr_t>(y_q.data_ptr()) % 16 == 0) {
-    return run("vllm_b200::masked_silu_group_quant", &ops::masked_silu_group_quant, input, counts, y_q, y_s, 1e-10, use_ue8m0, false);
+    return run("vllm_b200::masked_silu_group_quant", &ops::masked_silu_group_quant, input, counts, y_q, y_s, 1e-10,
+               use_ue8m0, false);
   }
   call_dispatcher("vllm_b200::vllm_persistent_masked_m_silu_mul_quant", input, counts, y_q, y_s, use_ue8m0);
 }
@@ -160,7 +164,8 @@ void rms_norm_per_block_quant(Tensor result, Tensor input, Tensor weight, Tensor
     const int64_t rows = Rows(input).count, step = scale.stride(1) > 0 ? scale.stride(1) : 1;
     const int64_t leading_rows = (rows + step - 1) / step * step;
     if (const auto scales = group_scales(scale, rows, input.size(-1) / group_size, is_scale_transposed, leading_rows)) {
-      return run("vllm_b200::rms_norm_group_quant", &ops::rms_norm_group_quant, input, residual, weight, result, *scales, epsilon, group_size,
+      return run("vllm_b200::rms_norm_group_quant", &ops::rms_norm_group_quant, input, residual, weight, result,
+                 *scales, epsilon, group_size,
                                        is_e4m3(result) ? kE4M3Eps : kInt8Eps, false, false, false, false);
     }
   }
@@ -172,7 +177,8 @@ void rms_norm_dynamic_per_token_quant(Tensor result, Tensor input, Tensor weight
                                       OptionalTensor scale_ub, OptionalTensor residual) {
   if (takes_norm(input, residual, weight, result) && one_a_row(scale, input) &&
       (!scale_ub || (is_one_float(*scale_ub) && is_e4m3(result)))) {
-    return run("vllm_b200::rms_norm_token_quant", &ops::rms_norm_token_quant, input, residual, weight, result, scale, scale_ub, epsilon, false, false);
+    return run("vllm_b200::rms_norm_token_quant", &ops::rms_norm_token_quant, input, residual, weight, result, scale,
+               scale_ub, epsilon, false, false);
   }
   call_dispatcher("vllm_b200::vllm_rms_norm_dynamic_per_token_quant", result, input, weight, scale, epsilon, scale_ub,
                   residual);
@@ -180,7 +186,8 @@ void rms_norm_dynamic_per_token_quant(Tensor result, Tensor input, Tensor weight
 
 void rms_norm_static_fp8_quant(Tensor result, Tensor input, Tensor weight, Tensor scale, double epsilon) {
   if (takes_norm(input, std::nullopt, weight, result) && is_e4m3(result) && is_one_float(scale)) {
-    return run("vllm_b200::rms_norm_tensor_quant", &ops::rms_norm_tensor_quant, input, OptionalTensor{}, weight, result, scale, epsilon, false, false);
+    return run("vllm_b200::rms_norm_tensor_quant", &ops::rms_norm_tensor_quant, input, OptionalTensor{}, weight,
+               result, scale, epsilon, false, false);
   }
   call_dispatcher("vllm_b200::vllm_rms_norm_static_fp8_quant", result, input, weight, scale, epsilon);
 }
@@ -188,7 +195,8 @@ void rms_norm_static_fp8_quant(Tensor result, Tensor input, Tensor weight, Tenso
 void fused_add_rms_norm_static_fp8_quant(Tensor result, Tensor input, Tensor residual, Tensor weight, Tensor scale,
                                          double epsilon) {
   if (takes_norm(input, residual, weight, result) && is_e4m3(result) && is_one_float(scale)) {
-    return run("vllm_b200::rms_norm_tensor_quant", &ops::rms_norm_tensor_quant, input, residual, weight, result, scale, epsilon, false, false);
+    return run("vllm_b200::rms_norm_tensor_quant", &ops::rms_norm_tensor_quant, input, OptionalTensor(residual),
+               weight, result, scale, epsilon, false, false);
   }
   call_dispatcher("vllm_b200::vllm_fused_add_rms_norm_static_fp8_quant", result, input, residual, weight, scale, epsilon);
 }
@@ -233,7 +241,8 @@ void reshape_and_cache_flash(Tensor key, Tensor value, Tensor key_cache, Tensor 
       begins_at_vectors(value_cache) && takes_cache_scale(k_scale, key.size(1)) &&
       takes_cache_scale(v_scale, value.size(1)) && key.size(0) >= slot_mapping.size(0) &&
       value.size(0) >= slot_mapping.size(0)) {
-    return run("vllm_b200::reshape_and_cache_flash", &ops::reshape_and_cache_flash, key, value, key_cache, value_cache, slot_mapping, k_scale, v_scale, false);
+    return run("vllm_b200::reshape_and_cache_flash", &ops::reshape_and_cache_flash, key, value, key_cache,
+               value_cache, slot_mapping, k_scale, v_scale, false);
   }
   call_dispatcher("vllm_b200::vllm_reshape_and_cache_flash", key, value, key_cache, value_cache, slot_mapping,
                   kv_cache_dtype, k_scale, v_scale);
@@ -246,7 +255,8 @@ void concat_and_cache_mla(Tensor kv_c, Tensor k_pe, Tensor kv_cache, Tensor slot
       takes_cache_dtype(kv_cache_dtype, kv_c, kv_cache) && k_pe.scalar_type() == kv_c.scalar_type() &&
       begins_at_vectors(kv_c) && begins_at_vectors(k_pe) && begins_at_vectors(kv_cache) && takes_cache_scale(scale, 1) &&
       kv_c.size(0) >= slot_mapping.size(0) && k_pe.size(0) >= slot_mapping.size(0)) {
-    return run("vllm_b200::concat_and_cache_mla", &ops::concat_and_cache_mla, kv_c, k_pe, kv_cache, slot_mapping, scale, false);
+    return run("vllm_b200::concat_and_cache_mla", &ops::concat_and_cache_mla, kv_c, k_pe, kv_cache, slot_mapping,
+               scale, false);
   }
   call_dispatcher("vllm_b200::vllm_concat_and_cache_mla", kv_c, k_pe, kv_cache, slot_mapping, kv_cache_dtype, scale);
 }

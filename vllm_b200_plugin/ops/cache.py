@@ -1,7 +1,7 @@
 """Writing keys and values, or MLA's latents, into a paged KV cache.
 
-The arithmetic and the arguments are those of vLLM's `reshape_and_cache_flash` and `concat_and_cache_mla`: a 16-bit cache
-takes the bits as they are, an FP8 cache e4m3(x / scale), to nearest even, saturating, NaN to 0x7f.
+The arithmetic and the arguments are those of vLLM's `reshape_and_cache_flash` and `concat_and_cache_mla`: a 16-bit
+cache takes the bits as they are, an FP8 cache e4m3(x / scale), to nearest even, saturating, NaN to 0x7f.
 """
 
 import torch
@@ -30,10 +30,10 @@ def reshape_and_cache_flash(
     Args:
         key, value: [num_tokens, num_heads, head_size] bf16 or fp16; head sizes are multiples of 16, and may differ.
         key_cache, value_cache: [num_blocks, block_size, num_heads, head_size] of any strides (NHD, HND, halves of one
-            tensor) with a last stride of 1, in the dtype of key, or uint8 or float8_e4m3fn for e4m3. Every head of these
-            four begins at a multiple of 16 bytes.
-        slot_mapping: [num_slots <= num_tokens] int64, block * block_size + place; a negative one is skipped. Which slots
-            exist is not checked.
+            tensor) with a last stride of 1, in the dtype of key, or uint8 or float8_e4m3fn for e4m3. Every head of
+            these four begins at a multiple of 16 bytes.
+        slot_mapping: [num_slots <= num_tokens] int64, block * block_size + place; a negative one is skipped. Which
+            slots exist is not checked.
         k_scale, v_scale: for e4m3 one float32, or one a head.
         pdl: launch with programmatic stream serialization, see `per_token_group_quant`.
 
@@ -99,7 +99,9 @@ def _check(
     if cache.dtype != source.dtype and (scale.dtype != torch.float32 or scale.numel() not in (1, num_heads)):
         raise ValueError(f"scale of {name}: takes 1 or {num_heads} float32, got {scale.dtype} {tuple(scale.shape)}")
     for what, tensor in ((name, source), (f"cache of {name}", cache)):
-        strides = [s * tensor.element_size() for n, s in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True) if n > 1]
+        strides = [
+            s * tensor.element_size() for n, s in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True) if n > 1
+        ]
         if tensor.numel() and (tensor.stride(-1) != 1 or tensor.data_ptr() % 16 or any(s % 16 for s in strides)):
             raise ValueError(
                 f"{what}: takes a last stride of 1 and heads at multiples of 16 bytes, got strides {tensor.stride()} "

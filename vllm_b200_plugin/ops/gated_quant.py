@@ -8,9 +8,9 @@ With gate and up the halves of a row, in fp32 and without a rounding before the 
     gelu          gate * (1 + erf(gate / sqrt(2))) / 2 * up
     gelu_tanh     the same with tanh's approximation of erf
 
-vLLM's separate ops round the activation and the product to the input's type; this is nearer to float64. The CUDA kernels
-take exp2 and the reciprocal from the hardware, some 1e-6 from the true value, so a result is the reference's up to a
-neighbouring e4m3 or int8 number now and then. int8 is rounded to nearest. NaN and Inf do what PyTorch does with them.
+vLLM's separate ops round the activation and the product to the input's type; this is nearer to float64. The CUDA
+kernels take exp2 and the reciprocal from the hardware, some 1e-6 from the true value, so a result is the reference's up
+to a neighbouring e4m3 or int8 number now and then. int8 is rounded to nearest. NaN and Inf do what PyTorch does.
 """
 
 import torch
@@ -111,9 +111,7 @@ def gated_token_quant(
     q = torch.empty(*x.shape[:-1], x.shape[-1] // 2, dtype=dtype, device=x.device)
     rows = q.numel() // q.shape[-1] if q.shape[-1] else 0
     scale = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
-    torch.ops.vllm_b200.gated_token_quant(
-        x, q, scale, scale_ub, ACTIVATIONS.index(activation), limit, alpha, beta, pdl
-    )
+    torch.ops.vllm_b200.gated_token_quant(x, q, scale, scale_ub, ACTIVATIONS.index(activation), limit, alpha, beta, pdl)
     return q, scale
 
 

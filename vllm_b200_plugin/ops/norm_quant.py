@@ -1,17 +1,17 @@
 """(Residual addition,) RMSNorm and the quantisation of its result in one pass.
 
-The arithmetic is that of vLLM's `rms_norm_per_block_quant` and `rms_norm_dynamic_per_token_quant`, for every row in fp32:
+The arithmetic is that of vLLM's `rms_norm_per_block_quant` and `rms_norm_dynamic_per_token_quant`, for a row in fp32:
 
     sum   = x + residual, not rounded; residual becomes it in its own type
     rstd  = 1 / sqrt(mean(sum ** 2) + norm_eps)
     y     = (sum * rstd in the type of x) * weight in that type
     y     = sum * rstd * (1 + weight) in that type, with gemma
 
-and then y as `per_token_group_quant`, `per_token_quant` or `per_tensor_quant` quantise it. vLLM's op for one given scale
-rounds the sum before it squares it; not doing so is nearer to float64, as is rounding int8 to nearest in groups.
+and then y as `per_token_group_quant`, `per_token_quant` or `per_tensor_quant` quantise it. vLLM's op for one given
+scale rounds the sum before it squares it; not doing so is nearer to float64, as is rounding int8 to nearest in groups.
 
-The squares are added in a fixed order, whatever the launch: a tree of neighbours over 512 columns, and these sums in four
-chains that meet in the end. So a row's result does not depend on the rows beside it, and PyTorch gets the same bits.
+The squares are added in a fixed order, whatever the launch: a tree of neighbours over 512 columns, and these sums in
+four chains that meet in the end. So a row's result does not depend on the rows beside it, and PyTorch gets the same.
 """
 
 import torch
@@ -134,7 +134,9 @@ def _check(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor | None,
     check_rows("weight", weight, INPUT_DTYPES)
     if residual is not None:
         if residual.shape != x.shape or residual.dtype != x.dtype:
-            raise ValueError(f"residual: takes {x.dtype} {tuple(x.shape)}, got {residual.dtype} {tuple(residual.shape)}")
+            raise ValueError(
+                f"residual: takes {x.dtype} {tuple(x.shape)}, got {residual.dtype} {tuple(residual.shape)}"
+            )
         check_rows("residual", residual, INPUT_DTYPES)
 
 
@@ -169,8 +171,8 @@ def _sum_of_squares(x: torch.Tensor) -> torch.Tensor:
 
 _INPUTS = "Tensor x, Tensor(a!)? residual, Tensor weight, Tensor(b!) q"
 torch_library.define(
-    f"rms_norm_group_quant({_INPUTS}, Tensor(c!) scale, float norm_eps, int group_size, float eps, bool ue8m0, bool pad, "
-    "bool gemma, bool pdl=False) -> ()"
+    f"rms_norm_group_quant({_INPUTS}, Tensor(c!) scale, float norm_eps, int group_size, float eps, bool ue8m0, "
+    "bool pad, bool gemma, bool pdl=False) -> ()"
 )
 torch_library.define(
     f"rms_norm_token_quant({_INPUTS}, Tensor(c!) scale, Tensor? scale_ub, float norm_eps, bool gemma, bool pdl=False)"

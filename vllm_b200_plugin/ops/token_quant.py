@@ -8,10 +8,12 @@ The arithmetic is that of vLLM's `dynamic_per_token_scaled_fp8_quant`, `dynamic_
                 int8 with azp    scale = (max x - min x) / 255, azp = -128 - min x / scale   q = x * (1 / scale) + azp
     per tensor  e4m3 x * (1 / scale), int8 x / scale, int8 with azp x * (1 / scale) + azp
 
-All roundings are to nearest even, and everything saturates. It differs from vLLM's kernels where these lose information:
-a NaN makes the scale of its token NaN, and in e4m3 every element with it (0 in int8); a token of one value only, for
-which vLLM's int8 with azp divides by zero, gets scale 0, azp 0 and zeros.
+All roundings are to nearest even, and everything saturates. It differs from vLLM's kernels where these lose
+information: a NaN makes the scale of its token NaN, and in e4m3 every element with it (0 in int8); a token of one
+value only, for which vLLM's int8 with azp divides by zero, gets scale 0, azp 0 and zeros.
 """
+
+import itertools
 
 import torch
 
@@ -109,7 +111,7 @@ def check_rows(name: str, x: torch.Tensor, dtypes: tuple[torch.dtype, ...]) -> N
     if x.numel() == 0:
         return
     strides = [(size, stride) for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size > 1]
-    folds = all(a[1] == b[0] * b[1] for a, b in zip(strides, strides[1:], strict=False))
+    folds = all(a[1] == b[0] * b[1] for a, b in itertools.pairwise(strides))
     row_bytes = strides[-1][1] * x.element_size() if strides else 0
     if x.stride(-1) != 1 or not folds or row_bytes % 16 or x.data_ptr() % 16:
         raise ValueError(
@@ -131,9 +133,7 @@ def check_number(name: str, number: torch.Tensor, dtype: torch.dtype) -> None:
 torch_library.define(
     "per_token_quant(Tensor x, Tensor(a!) q, Tensor(b!) scale, Tensor(c!)? azp, Tensor? scale_ub, bool pdl=False) -> ()"
 )
-torch_library.define(
-    "per_tensor_quant(Tensor x, Tensor(a!) q, Tensor scale, Tensor? azp, bool pdl=False) -> ()"
-)
+torch_library.define("per_tensor_quant(Tensor x, Tensor(a!) q, Tensor scale, Tensor? azp, bool pdl=False) -> ()")
 
 
 def _fake(*args: object) -> None:
