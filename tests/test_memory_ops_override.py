@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 import torch
+from fake_cuda import CACHE_OPS, MEMORY_OPS
 
 from vllm_b200_plugin import vllm_compat
 from vllm_b200_plugin.features import FEATURES, FeatureUnavailable
@@ -17,28 +18,6 @@ from vllm_b200_plugin.ops.token_quant import per_tensor_quant, per_token_quant
 pytestmark = pytest.mark.skipif(not _library.status().loaded, reason="the CUDA library, which overrides, was not built")
 
 E4M3 = torch.float8_e4m3fn
-# As vLLM 0.32 and 0.33 define them.
-SCHEMAS = (
-    "dynamic_per_token_scaled_fp8_quant(Tensor! result, Tensor input, Tensor! scale, Tensor? scale_ub) -> ()",
-    "dynamic_scaled_int8_quant(Tensor! result, Tensor input, Tensor! scale, Tensor!? azp) -> ()",
-    "static_scaled_fp8_quant(Tensor! result, Tensor input, Tensor scale, int[]? group_shape=None) -> ()",
-    "static_scaled_int8_quant(Tensor! result, Tensor input, Tensor scale,Tensor? azp) -> ()",
-    "silu_and_mul_per_block_quant(Tensor! out, Tensor input, Tensor! scales, int group_size, Tensor? scale_ub=None, "
-    "bool is_scale_transposed=False) -> ()",
-    "silu_and_mul_quant(Tensor! result, Tensor input, Tensor scale) -> ()",
-    "persistent_masked_m_silu_mul_quant(Tensor input, Tensor counts, Tensor! y_q, Tensor! y_s, bool use_ue8m0) -> ()",
-    "rms_norm_per_block_quant(Tensor! result, Tensor input, Tensor weight, Tensor! scale, float epsilon, "
-    "Tensor? scale_ub, Tensor!? residual, int group_size, bool is_scale_transposed) -> ()",
-    "rms_norm_dynamic_per_token_quant(Tensor! result, Tensor input, Tensor weight, Tensor! scale, float epsilon, "
-    "Tensor? scale_ub, Tensor!? residual) -> ()",
-    "rms_norm_static_fp8_quant(Tensor! result, Tensor input, Tensor weight, Tensor scale, float epsilon) -> ()",
-    "fused_add_rms_norm_static_fp8_quant(Tensor! result, Tensor input, Tensor! residual, Tensor weight, Tensor scale, "
-    "float epsilon) -> ()",
-    "reshape_and_cache_flash(Tensor key, Tensor value, Tensor! key_cache, Tensor! value_cache, Tensor slot_mapping, "
-    "str kv_cache_dtype, Tensor k_scale, Tensor v_scale) -> ()",
-    "concat_and_cache_mla(Tensor kv_c, Tensor k_pe, Tensor! kv_cache, Tensor slot_mapping, str kv_cache_dtype, "
-    "Tensor scale) -> ()",
-)
 FEATURE_MODULES = (token_quant_ops, gated_quant_ops, norm_quant_ops, cache_ops)
 _namespaces = (f"b200_test_memory_{i}" for i in itertools.count())
 
@@ -50,7 +29,7 @@ class Ops:
         self.namespace = next(_namespaces)
         self.library = torch.library.Library(self.namespace, "FRAGMENT")
         self.calls = []
-        for schema in SCHEMAS:
+        for schema in (*MEMORY_OPS, *CACHE_OPS):
             name = schema.split("(")[0]
             self.library.define(schema)
             self.library.impl(name, lambda *args, name=name: self.calls.append((name, args)), "CPU")
@@ -80,7 +59,7 @@ def test_every_op_that_we_know_is_defined_here():
     known = (
         vllm_compat.TOKEN_QUANT_OPS | vllm_compat.GATED_QUANT_OPS | vllm_compat.NORM_QUANT_OPS | vllm_compat.CACHE_OPS
     )
-    assert set(known) == {schema.split("(")[0] for schema in SCHEMAS}
+    assert set(known) == {schema.split("(")[0] for schema in (*MEMORY_OPS, *CACHE_OPS)}
     assert {module.__name__ for module in FEATURE_MODULES} <= {feature.module for feature in FEATURES}
 
 
