@@ -61,7 +61,8 @@ struct Rows {
 // Whether every row begins at a multiple of 16 bytes.
 inline bool rows_are_vectors(const Tensor& x, const Rows& rows) {
   const int64_t bytes = static_cast<int64_t>(x.element_size());
-  return reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0 && (rows.count < 2 || rows.stride * bytes % 16 == 0);
+  return x.numel() == 0 ||
+         (reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0 && (rows.count < 2 || rows.stride * bytes % 16 == 0));
 }
 
 inline Rows checked_rows(const Tensor& x, const char* name) {

@@ -169,7 +169,7 @@ def _per_token_quant_cpu(
     elif q.dtype == torch.int8:
         amax = values.abs().amax(-1, keepdim=True)
         row_scale = amax / 127
-        q.copy_(to_int8((values * (127 / amax).masked_fill(amax == 0, 0)).round()))
+        q.copy_(to_int8((values * (torch.tensor(127.0) / amax).masked_fill(amax == 0, 0)).round()))
     else:
         row_scale = token_scale_e4m3(values, scale_ub)
         to_e4m3(values / row_scale, q)
