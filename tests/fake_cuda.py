@@ -33,7 +33,6 @@ MEMORY_OPS = (
     "Tensor? scale_ub, Tensor!? residual, int group_size, bool is_scale_transposed) -> ()",
     "rms_norm_dynamic_per_token_quant(Tensor! result, Tensor input, Tensor weight, Tensor! scale, float epsilon, "
     "Tensor? scale_ub, Tensor!? residual) -> ()",
-    "rms_norm_static_fp8_quant(Tensor! result, Tensor input, Tensor weight, Tensor scale, float epsilon) -> ()",
     "fused_add_rms_norm_static_fp8_quant(Tensor! result, Tensor input, Tensor! residual, Tensor weight, Tensor scale, "
     "float epsilon) -> ()",
 )

@@ -62,7 +62,7 @@ def assert_scales_near(actual: torch.Tensor, expected: torch.Tensor) -> None:
         torch.testing.assert_close(actual.cpu(), expected, rtol=4e-6, atol=0)
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.num_tokens < 100], ids=str)
+@pytest.mark.parametrize("case", [c for c in CASES if c.num_tokens * c.intermediate_size < 2**16], ids=str)
 def test_reference_is_its_parts(case: SiluQuantCase) -> None:
     x = case.make_input("cpu")
     clamp = CLAMP if case.activation == "silu_clamped" else {}

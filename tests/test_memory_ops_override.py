@@ -97,16 +97,22 @@ def test_per_tensor(ops):
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("dtype, eps", [(E4M3, 1 / 512), (torch.int8, 127 * 2.0**-23)])
 def test_gated_groups(ops, transposed, dtype, eps):
-    x = torch.randn(5, 512).bfloat16()
+    x = torch.randn(901, 512).bfloat16()
     x[3] = 0
-    q = torch.empty(5, 256, dtype=dtype)
-    scale = torch.empty(2, 5).t() if transposed else torch.empty(5, 2)
+    q = torch.empty(901, 256, dtype=dtype)
+    scale = torch.empty(2, 901).t() if transposed else torch.empty(901, 2)
     ops.silu_and_mul_per_block_quant(q, x, scale, 128, None, transposed)
     expected = gated_group_quant(x, dtype=dtype, eps=eps)
     assert same(q, expected[0]) and torch.equal(scale, expected[1])
     floor = 1 / (448 * 512) if dtype == E4M3 else 2.0**-23
     assert scale[3, 0] == torch.tensor(floor), "vLLM's lower bound"
     assert not ops.calls
+
+
+def test_few_gated_groups_are_left_to_the_original(ops):
+    x = torch.randn(16, 2 * 2048).bfloat16()
+    ops.silu_and_mul_per_block_quant(torch.empty(16, 2048, dtype=E4M3), x, torch.empty(16, 16), 128, None, False)
+    assert [name for name, _ in ops.calls] == ["silu_and_mul_per_block_quant"]
 
 
 def test_gated_with_one_scale(ops):
@@ -148,8 +154,6 @@ def test_norm_with_one_scale(ops):
     ops.rms_norm_dynamic_per_token_quant(q, x, weight, scales, 1e-5, None, None)
     expected = rms_norm_token_quant(x, weight, 1e-5)
     assert same(q, expected[0]) and torch.equal(scales, expected[1])
-    ops.rms_norm_static_fp8_quant(q, x, weight, scale, 1e-5)
-    assert same(q, rms_norm_tensor_quant(x, weight, scale, 1e-5))
     residual, kept = torch.ones_like(x), torch.ones_like(x)
     ops.fused_add_rms_norm_static_fp8_quant(q, x, residual, weight, scale, 1e-5)
     assert same(q, rms_norm_tensor_quant(x, weight, scale, 1e-5, residual=kept)) and torch.equal(residual, kept)
@@ -192,7 +196,6 @@ def test_what_ours_do_not_take_goes_to_the_originals(ops):
     ops.persistent_masked_m_silu_mul_quant(x.view(1, 4, 256), slots, half.view(1, 4, 128), four.view(1, 4, 1), False)
     ops.rms_norm_per_block_quant(q, x, weight, torch.empty(4, 2), 1e-6, ub, None, 128, False)
     ops.rms_norm_dynamic_per_token_quant(q, x, weight.float(), four, 1e-6, None, None)
-    ops.rms_norm_static_fp8_quant(q, x.float(), weight.float(), one, 1e-6)
     ops.fused_add_rms_norm_static_fp8_quant(q, x, x.float(), weight, one, 1e-6)
     ops.reshape_and_cache_flash(key, key, cache, cache, slots, "fp8_e5m2", one, one)
     ops.reshape_and_cache_flash(key[..., :40], key[..., :40], cache[..., :40], cache[..., :40], slots, "fp8", one, one)
@@ -209,13 +212,12 @@ def test_what_ours_do_not_take_goes_to_the_originals(ops):
         "persistent_masked_m_silu_mul_quant",
         "rms_norm_per_block_quant",
         "rms_norm_dynamic_per_token_quant",
-        "rms_norm_static_fp8_quant",
         "fused_add_rms_norm_static_fp8_quant",
         "reshape_and_cache_flash",
         "reshape_and_cache_flash",
         "concat_and_cache_mla",
     ]
-    assert ops.calls[3][1][3] == [-1, 1] and ops.calls[13][1][5] == "fp8_e5m2"
+    assert ops.calls[3][1][3] == [-1, 1] and ops.calls[12][1][5] == "fp8_e5m2"
 
 
 def test_twice_is_once(ops):
@@ -223,6 +225,13 @@ def test_twice_is_once(ops):
     x = torch.randn(4, 256).bfloat16()
     ops.dynamic_per_token_scaled_fp8_quant(torch.empty(5, 256, dtype=E4M3), x, torch.empty(5, 1), None)
     assert len(ops.calls) == 1, "the kept kernel is still vLLM's, not ours"
+
+
+def test_batch_invariance_leaves_out_what_changes_with_the_number_of_tokens(monkeypatch):
+    taken = []
+    monkeypatch.setattr(op_override, "override", lambda ops, *_: taken.extend(ops))
+    gated_quant_ops.override("unused", "CPU", batch_invariant=True)
+    assert set(vllm_compat.GATED_QUANT_OPS) - set(taken) == {"silu_and_mul_per_block_quant"}
 
 
 def test_a_new_schema_keeps_its_kernel_and_the_others_are_taken():

@@ -207,7 +207,6 @@ _NORM = ("result", "input", "weight", "scale", "epsilon")
 NORM_QUANT_OPS = {
     "rms_norm_per_block_quant": (*_NORM, "scale_ub", "residual", "group_size", "is_scale_transposed"),
     "rms_norm_dynamic_per_token_quant": (*_NORM, "scale_ub", "residual"),
-    "rms_norm_static_fp8_quant": _NORM,
     "fused_add_rms_norm_static_fp8_quant": ("result", "input", "residual", "weight", "scale", "epsilon"),
 }
 CACHE_OPS = {

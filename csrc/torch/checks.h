@@ -38,9 +38,12 @@ struct Rows {
       regular = false;
       return;
     }
-    width = x.size(-1);
+    width = stride = x.size(-1);
+    if (x.numel() == 0) {
+      count = 0;
+      return;
+    }
     regular = width < 2 || x.stride(-1) == 1;
-    stride = width;
     bool first = true;
     int64_t next = 0;
     for (int64_t d = dim - 2; d >= 0; --d) {

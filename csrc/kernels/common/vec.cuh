@@ -45,23 +45,15 @@ __device__ __forceinline__ void store_chunk(T* destination, const Chunk<T>& chun
   }
 }
 
-// The two 16-bit numbers of a word as fp32 (exact).
-template <typename T>
-__device__ __forceinline__ float2 unpack_pair(uint32_t word) {
-  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-    return {__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u)};
-  } else {
-    return __half22float2(reinterpret_cast<const __half2&>(word));
-  }
-}
-
 // Elements 2*i and 2*i+1 as fp32 (exact).
 template <typename T>
 __device__ __forceinline__ float2 unpack_pair(const Chunk<T>& chunk, int i) {
   if constexpr (sizeof(T) == 4) {
     return {__uint_as_float(chunk.word[2 * i]), __uint_as_float(chunk.word[2 * i + 1])};
+  } else if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    return {__uint_as_float(chunk.word[i] << 16), __uint_as_float(chunk.word[i] & 0xffff0000u)};
   } else {
-    return unpack_pair<T>(chunk.word[i]);
+    return __half22float2(reinterpret_cast<const __half2&>(chunk.word[i]));
   }
 }
 

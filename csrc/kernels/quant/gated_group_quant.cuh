@@ -61,76 +61,8 @@ gated_group_quant_kernel(const __grid_constant__ GatedGroupQuantParams p) {
   }
 }
 
-// For few rows what counts is the way of one number through the kernel: four columns a lane, so that there is little to
-// do one after the other, and a group of 128 is a warp.
-constexpr int kFewColumns = 4, kFewThreads = 128;
-
-template <typename In, typename Out, Activation kActivation, int kGroupSize, ScaleType kScale>
-__global__ void __launch_bounds__(kFewThreads)
-few_rows_gated_group_quant_kernel(const __grid_constant__ GatedGroupQuantParams p) {
-  constexpr int kLanesPerGroup = kGroupSize / kFewColumns;
-  constexpr bool kPow2 = kScale != ScaleType::kFloat;
-  using Divide = std::conditional_t<kPow2, PowerOfTwoDivisor, Divisor>;
-  pdl_trigger();
-  const int column = (blockIdx.x * kFewThreads + threadIdx.x) * kFewColumns;
-  const int64_t row = blockIdx.y;
-  const In* x = static_cast<const In*>(p.x) + row * p.x_stride_row + column;
-  const bool in_row = column < p.hidden_size, valid = in_row && row < p.rows;
-  pdl_wait();
-
-  uint2 gate = {}, up = {};
-  if (valid) gate = *reinterpret_cast<const uint2*>(x), up = *reinterpret_cast<const uint2*>(x + p.hidden_size);
-  auto* q = static_cast<uint8_t*>(p.q) + row * p.q_stride_row + column;
-  const int group = column / kGroupSize, groups = p.hidden_size / kGroupSize;
-  const int64_t offset =
-      row * p.scale_stride_row + (kScale == ScaleType::kPackedUE8M0 ? group / 4 : group) * p.scale_stride_column;
-  const bool scale_exists = offset < p.scale_capacity;
-  asm volatile("" ::"l"(q), "l"(offset));
-
-  const float2 gates[2] = {unpack_pair<In>(gate.x), unpack_pair<In>(gate.y)};
-  const float2 ups[2] = {unpack_pair<In>(up.x), unpack_pair<In>(up.y)};
-  float value[kFewColumns];
-  uint32_t bits = 0;
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    value[2 * i] = activate_and_multiply<kActivation>(gates[i].x, ups[i].x, p.activation);
-    value[2 * i + 1] = activate_and_multiply<kActivation>(gates[i].y, ups[i].y, p.activation);
-    bits = max(bits, max(__float_as_uint(value[2 * i]) & 0x7fffffffu, __float_as_uint(value[2 * i + 1]) & 0x7fffffffu));
-  }
-  if constexpr (kLanesPerGroup == 32) {
-    bits = __reduce_max_sync(kFullWarp, bits);
-  } else {
-#pragma unroll
-    for (int lanes = kLanesPerGroup / 2; lanes > 0; lanes /= 2) bits = max(bits, __shfl_xor_sync(kFullWarp, bits, lanes));
-  }
-  const float scale = scale_of<Out, kPow2>(bits, p.eps);
-  const Divide divide(scale);
-  if (valid) {
-    *reinterpret_cast<uint32_t*>(q) = pack_bytes(static_cast<Out*>(nullptr), divide(value[0]), divide(value[1]),
-                                                 divide(value[2]), divide(value[3]));
-  }
-  if (!in_row || threadIdx.x % kLanesPerGroup != 0 || !scale_exists) return;
-  if constexpr (kScale == ScaleType::kPackedUE8M0) {
-    // A byte a group; the last one also writes the zeros that fill its word.
-    auto* byte = reinterpret_cast<uint8_t*>(static_cast<uint32_t*>(p.scale) + offset);
-    byte[group % 4] = valid ? (__float_as_uint(scale) & 0x7fffffffu) >> 23 : 0;
-    if (group + 1 == groups) {
-      for (int i = group % 4 + 1; i < 4; ++i) byte[i] = 0;
-    }
-  } else {
-    static_cast<float*>(p.scale)[offset] = valid ? scale : 0.0f;
-  }
-}
-
-constexpr int64_t kFewGroups = 132 * 16;
-
 template <typename In, typename Out, Activation kActivation, int kGroupSize, ScaleType kScale>
 cudaError_t launch_gated_group_quant(const GatedGroupQuantParams& p, cudaStream_t stream) {
-  if (p.batches == 1 && p.padded_rows * (p.hidden_size / kGroupSize) <= kFewGroups) {
-    const dim3 grid((p.hidden_size + kFewThreads * kFewColumns - 1) / (kFewThreads * kFewColumns), p.padded_rows);
-    return launch_kernel(few_rows_gated_group_quant_kernel<In, Out, kActivation, kGroupSize, kScale>, grid,
-                         dim3(kFewThreads), 0, stream, p.pdl, p);
-  }
   constexpr int64_t kMaxGridYZ = 65535;
   const int warps = p.padded_rows < 4 ? 1 : p.padded_rows < 256 ? 4 : kMaxWarps;
   const dim3 grid((p.hidden_size + kWarpColumns - 1) / kWarpColumns,
