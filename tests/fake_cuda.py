@@ -19,6 +19,29 @@ import torch
 
 FLAGS = ", bool scale_ue8m0, bool dummy_is_scale_transposed, bool dummy_is_tma_aligned"
 ARCHS = ("90a", "100a", "103a", "120a")
+# Ops of vLLM's CUDA extension that ours stand in for, besides group quantisation; alike in vLLM 0.32 and 0.33.
+MEMORY_OPS = (
+    "dynamic_per_token_scaled_fp8_quant(Tensor! result, Tensor input, Tensor! scale, Tensor? scale_ub) -> ()",
+    "dynamic_scaled_int8_quant(Tensor! result, Tensor input, Tensor! scale, Tensor!? azp) -> ()",
+    "static_scaled_fp8_quant(Tensor! result, Tensor input, Tensor scale, int[]? group_shape=None) -> ()",
+    "static_scaled_int8_quant(Tensor! result, Tensor input, Tensor scale,Tensor? azp) -> ()",
+    "silu_and_mul_per_block_quant(Tensor! out, Tensor input, Tensor! scales, int group_size, Tensor? scale_ub=None, "
+    "bool is_scale_transposed=False) -> ()",
+    "silu_and_mul_quant(Tensor! result, Tensor input, Tensor scale) -> ()",
+    "persistent_masked_m_silu_mul_quant(Tensor input, Tensor counts, Tensor! y_q, Tensor! y_s, bool use_ue8m0) -> ()",
+    "rms_norm_per_block_quant(Tensor! result, Tensor input, Tensor weight, Tensor! scale, float epsilon, "
+    "Tensor? scale_ub, Tensor!? residual, int group_size, bool is_scale_transposed) -> ()",
+    "rms_norm_dynamic_per_token_quant(Tensor! result, Tensor input, Tensor weight, Tensor! scale, float epsilon, "
+    "Tensor? scale_ub, Tensor!? residual) -> ()",
+    "fused_add_rms_norm_static_fp8_quant(Tensor! result, Tensor input, Tensor! residual, Tensor weight, Tensor scale, "
+    "float epsilon) -> ()",
+)
+CACHE_OPS = (
+    "reshape_and_cache_flash(Tensor key, Tensor value, Tensor! key_cache, Tensor! value_cache, Tensor slot_mapping, "
+    "str kv_cache_dtype, Tensor k_scale, Tensor v_scale) -> ()",
+    "concat_and_cache_mla(Tensor kv_c, Tensor k_pe, Tensor! kv_cache, Tensor slot_mapping, str kv_cache_dtype, "
+    "Tensor scale) -> ()",
+)
 _kept: list[torch.library.Library] = []
 
 
@@ -60,6 +83,7 @@ def pretend(
     status = _library.LibraryStatus(Path("_C.abi3.so"), library, "" if library else "was not built", ARCHS)
     _library.status = lambda: status  # type: ignore[assignment]
     _library.override_quant_ops = lambda namespace, dispatch_key: None  # type: ignore[assignment]
+    _library.override_op = lambda namespace, op, dispatch_key: None  # type: ignore[assignment]
 
 
 def _no_kernel(*args: Any, **kwargs: Any) -> None:
@@ -82,6 +106,14 @@ def _define_ops(capability: tuple[int, int]) -> None:
         lib.impl(name, lambda cc, minimum=minimum: cc >= minimum, "CompositeExplicitAutograd")
     define_quant_ops(lib, "CUDA", lambda *args: None)
     _kept.append(lib)
+    for namespace, schemas in (("_C", MEMORY_OPS), ("_C_cache_ops", CACHE_OPS)):
+        fragment = torch.library.Library(namespace, "FRAGMENT")
+        for schema in schemas:
+            name = schema.split("(")[0]
+            if not hasattr(getattr(torch.ops, namespace), name):  # the CPU build has some
+                fragment.define(schema)
+            fragment.impl(name, lambda *args: None, "CUDA")
+        _kept.append(fragment)
 
 
 def define_quant_ops(

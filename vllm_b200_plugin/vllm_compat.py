@@ -192,6 +192,38 @@ QUANT_OPS = {
 }
 
 
+TOKEN_QUANT_OPS = {
+    "dynamic_per_token_scaled_fp8_quant": ("result", "input", "scale", "scale_ub"),
+    "dynamic_scaled_int8_quant": ("result", "input", "scale", "azp"),
+    "static_scaled_fp8_quant": ("result", "input", "scale", "group_shape"),
+    "static_scaled_int8_quant": ("result", "input", "scale", "azp"),
+}
+GATED_QUANT_OPS = {
+    "silu_and_mul_per_block_quant": ("out", "input", "scales", "group_size", "scale_ub", "is_scale_transposed"),
+    "silu_and_mul_quant": ("result", "input", "scale"),
+    "persistent_masked_m_silu_mul_quant": ("input", "counts", "y_q", "y_s", "use_ue8m0"),
+}
+_NORM = ("result", "input", "weight", "scale", "epsilon")
+NORM_QUANT_OPS = {
+    "rms_norm_per_block_quant": (*_NORM, "scale_ub", "residual", "group_size", "is_scale_transposed"),
+    "rms_norm_dynamic_per_token_quant": (*_NORM, "scale_ub", "residual"),
+    "fused_add_rms_norm_static_fp8_quant": ("result", "input", "residual", "weight", "scale", "epsilon"),
+}
+CACHE_OPS = {
+    "reshape_and_cache_flash": (
+        "key",
+        "value",
+        "key_cache",
+        "value_cache",
+        "slot_mapping",
+        "kv_cache_dtype",
+        "k_scale",
+        "v_scale",
+    ),
+    "concat_and_cache_mla": ("kv_c", "k_pe", "kv_cache", "slot_mapping", "kv_cache_dtype", "scale"),
+}
+
+
 def capability() -> tuple[int, int] | None:
     """Compute capability of the GPU, told by NVML without starting CUDA; None on other platforms."""
     platform = CURRENT_PLATFORM.get()

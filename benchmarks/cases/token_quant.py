@@ -16,9 +16,15 @@ class TokenQuantCase:
     hidden_size: int
     dtype: torch.dtype = torch.float8_e4m3fn
     static: bool = False  # one given scale for the tensor, instead of one per token that the op finds
+    asymmetric: bool = False
+    input_dtype: torch.dtype = torch.bfloat16
+    columns_right: int = 0  # x is a slice of a tensor that has this many columns behind it
 
     def __str__(self) -> str:
-        return f"{self.num_tokens}x{self.hidden_size}-{self.dtype_name}-{'static' if self.static else 'dynamic'}"
+        slice_ = f"+{self.columns_right}" if self.columns_right else ""
+        input_ = "" if self.input_dtype == torch.bfloat16 else f"-{str(self.input_dtype).removeprefix('torch.')}"
+        kind = ("static" if self.static else "dynamic") + ("-azp" if self.asymmetric else "")
+        return f"{self.num_tokens}x{self.hidden_size}{slice_}{input_}-{self.dtype_name}-{kind}"
 
     @property
     def dtype_name(self) -> str:
@@ -29,9 +35,37 @@ class TokenQuantCase:
         """bf16 in, one byte an element out, and the scales, read or written."""
         return 3 * self.num_tokens * self.hidden_size + 4 * (1 if self.static else self.num_tokens)
 
+    def make_input(self, device: torch.device | str, seed: int = 0) -> torch.Tensor:
+        """Normal values, each row at a scale of its own between 2^-8 and 2^8."""
+        generator = torch.Generator(device).manual_seed(seed)
+        x = torch.randn(self.num_tokens, self.hidden_size + self.columns_right, generator=generator, device=device)
+        x *= torch.exp2(torch.empty(self.num_tokens, 1, device=device).uniform_(-8, 8, generator=generator))
+        return x.to(self.input_dtype)[:, : self.hidden_size]
+
+
+def tests() -> Iterator[TokenQuantCase]:
+    """Every kind for every input, then widths on either side of each change of launch, and slices."""
+    kinds = [(torch.float8_e4m3fn, False), (torch.int8, False), (torch.int8, True)]
+    inputs = (torch.bfloat16, torch.float16, torch.float32)
+    for (dtype, asymmetric), static, input_dtype in product(kinds, (False, True), inputs):
+        yield TokenQuantCase(5, 640, dtype, static, asymmetric, input_dtype)
+        yield TokenQuantCase(133, 2064, dtype, static, asymmetric, input_dtype)
+    shapes = [(1, 16), (1, 2048), (1, 7168), (3, 48), (2, 16384), (2, 16400), (3, 32768), (132, 512), (133, 512)]
+    shapes += [(134, 2048), (135, 4096), (133, 7168), (133, 16384), (136, 18432), (600, 768), (1001, 1024)]
+    for shape, static in product(shapes, (False, True)):
+        yield TokenQuantCase(*shape, static=static)
+    for num_tokens, static in product((3, 150), (False, True)):
+        yield TokenQuantCase(num_tokens, 512, static=static, columns_right=64)
+        yield TokenQuantCase(num_tokens, 4096, torch.int8, static, columns_right=8)
+
 
 def benchmarks() -> Iterator[TokenQuantCase]:
     for shape in [*product(NUM_TOKENS, HIDDEN_SIZES), (3, 640), (1001, 768)]:
         yield TokenQuantCase(*shape)
         yield TokenQuantCase(*shape, dtype=torch.int8)
         yield TokenQuantCase(*shape, static=True)
+    for num_tokens, hidden_size in product((1, 16, 1024, 8192), HIDDEN_SIZES):
+        yield TokenQuantCase(num_tokens, hidden_size, torch.int8, asymmetric=True)
+        yield TokenQuantCase(num_tokens, hidden_size, torch.int8, static=True)
+    for hidden_size, static in product(HIDDEN_SIZES, (False, True)):
+        yield TokenQuantCase(8192, hidden_size, static=static)

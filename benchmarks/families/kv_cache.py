@@ -1,4 +1,4 @@
-"""Writing to a paged KV cache: vLLM's CUDA ops, its Triton kernel, and indexed assignment in PyTorch.
+"""Writing to a paged KV cache: ours, vLLM's CUDA ops, its Triton kernel, and indexed assignment in PyTorch.
 
 The cache lies as vLLM 0.32 lays it out for FlashAttention, [block, token, head, key and value], or for MLA
 [block, token, latent and rotary part].
@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+import vllm_b200_plugin.ops.cache  # noqa: F401 - defines the ops
 from benchmarks import families
 from benchmarks.cases.kv_cache import BLOCK_SIZE, HEAD_SIZE, LATENT_SIZE, KvCacheCase, benchmarks
 from benchmarks.families import Missing, Run
@@ -56,6 +57,19 @@ def _scale(case: KvCacheCase) -> torch.Tensor:
     return torch.full((1,), FP8_SCALE if case.fp8 else 1.0, device=families.device)
 
 
+def ours(case: KvCacheCase, seed: int, pdl: bool = True) -> Run:
+    first, second, slots = _inputs(case, seed)
+    cache, scale, ops = _cache(case), _scale(case), torch.ops.vllm_b200
+    if case.num_heads is None:
+        return Run(lambda: ops.concat_and_cache_mla(first, second, cache, slots, scale, pdl), (cache,))
+    keys, values = cache.split(HEAD_SIZE, dim=-1)
+    return Run(lambda: ops.reshape_and_cache_flash(first, second, keys, values, slots, scale, scale, pdl), (cache,))
+
+
+def ours_no_pdl(case: KvCacheCase, seed: int) -> Run:
+    return ours(case, seed, pdl=False)
+
+
 def vllm(case: KvCacheCase, seed: int) -> Run:
     name = "concat_and_cache_mla" if case.num_heads is None else "reshape_and_cache_flash"
     return _vllm_call(case, seed, peer("vllm._custom_ops", name))
@@ -96,6 +110,8 @@ def _stored(x: torch.Tensor, case: KvCacheCase, scale: torch.Tensor) -> torch.Te
 
 
 IMPLEMENTATIONS: dict[str, Callable[[KvCacheCase, int], Run]] = {
+    "ours": ours,
+    "ours_no_pdl": ours_no_pdl,
     "vllm": vllm,
     "vllm_triton": vllm_triton,
     "torch": torch_index,

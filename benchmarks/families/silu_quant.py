@@ -1,15 +1,17 @@
-"""silu_and_mul and group quantisation: vLLM's fused op, its two ops, its Triton kernels, and torch.compile."""
+"""silu_and_mul and quantisation: ours, vLLM's fused op, its two ops, its Triton kernels, and torch.compile."""
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
+import vllm_b200_plugin.ops.gated_quant  # noqa: F401 - defines the ops
 from benchmarks import families
 from benchmarks.cases.silu_quant import SiluQuantCase, benchmarks
 from benchmarks.families import Missing, Run
 from benchmarks.families._common import (
     E4M3,
+    EPS,
     FP8_LIMIT,
     GROUP,
     Returned,
@@ -28,6 +30,7 @@ from benchmarks.families._common import (
 from vllm_b200_plugin.ops.quant import ScaleLayout, empty_scale
 
 OP = "silu_quant"
+STATIC_SCALE = 1 / 16  # products of normal values reach some 25: within the format
 FP8_UTILS = "vllm.model_executor.layers.quantization.utils.fp8_utils"
 cases = benchmarks
 
@@ -38,7 +41,7 @@ def record(case: SiluQuantCase) -> dict[str, Any]:
         "n": case.intermediate_size,
         "k": 2 * case.intermediate_size,
         "dtype": "e4m3",
-        "layout": case.layout.value,
+        "layout": case.layout_name,
         "bytes": case.num_bytes,
         "flops": 0,
     }
@@ -51,10 +54,36 @@ def _input(case: SiluQuantCase, seed: int) -> torch.Tensor:
 def _tensors(case: SiluQuantCase, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     x = _input(case, seed)
     q = torch.empty(case.num_tokens, case.intermediate_size, dtype=E4M3, device=families.device)
+    if case.kind == "token":
+        return x, q, torch.empty(case.num_tokens, 1, device=families.device)
+    if case.kind == "tensor":
+        return x, q, torch.full((1,), STATIC_SCALE, device=families.device)
     return x, q, empty_scale(q, GROUP, case.layout)
 
 
+def ours(case: SiluQuantCase, seed: int, pdl: bool = True) -> Run:
+    x, q, scale = _tensors(case, seed)
+    ops = torch.ops.vllm_b200
+    silu = (0, 0.0, 1.0, 0.0, pdl)
+    if case.kind == "token":
+        return Run(lambda: ops.gated_token_quant(x, q, scale, None, *silu), (q, scale))
+    if case.kind == "tensor":
+        return Run(lambda: ops.gated_tensor_quant(x, q, scale, *silu), (q,))
+    packed = case.layout is ScaleLayout.PACKED_UE8M0
+    return Run(lambda: ops.gated_group_quant(x, q, scale, GROUP, EPS, packed, True, *silu), (q, scale))
+
+
+def ours_no_pdl(case: SiluQuantCase, seed: int) -> Run:
+    return ours(case, seed, pdl=False)
+
+
 def vllm(case: SiluQuantCase, seed: int) -> Run:
+    if case.kind == "token":
+        raise Missing("vLLM has no fused op with one scale per token")
+    if case.kind == "tensor":
+        static = vllm_op("silu_and_mul_quant")
+        x, q, scale = _tensors(case, seed)
+        return Run(lambda: static(q, x, scale), (q,))
     op = vllm_op("silu_and_mul_per_block_quant")
     if case.layout is ScaleLayout.PACKED_UE8M0:
         raise Missing("vLLM's fused op writes fp32 scales only")
@@ -66,13 +95,19 @@ def vllm_separate(case: SiluQuantCase, seed: int) -> Run:
     silu_and_mul = vllm_op("silu_and_mul")
     x, q, scale = _tensors(case, seed)
     hidden = torch.empty(q.shape, dtype=x.dtype, device=x.device)
+    if case.kind == "token":
+        token = vllm_op("dynamic_per_token_scaled_fp8_quant")
+        return Run(lambda: (silu_and_mul(hidden, x), token(q, hidden, scale, None)), (q, scale))
+    if case.kind == "tensor":
+        static = vllm_op("static_scaled_fp8_quant")
+        return Run(lambda: (silu_and_mul(hidden, x), static(q, hidden, scale, None)), (q,))
     quantise = vllm_group_quant(hidden, q, scale, case.layout)
     return Run(lambda: (silu_and_mul(hidden, x), quantise()), (q, scale))
 
 
 def vllm_triton(case: SiluQuantCase, seed: int) -> Run:
-    if case.layout is ScaleLayout.ROW:
-        raise Missing("vLLM's Triton kernels write column-major scales only")
+    if case.kind != "group" or case.layout is ScaleLayout.ROW:
+        raise Missing("vLLM's Triton kernels write column-major group scales only")
     if case.layout is ScaleLayout.PACKED_UE8M0:
         packed = peer(FP8_UTILS, "silu_mul_quant_fp8_packed_triton")
         x = _input(case, seed)
@@ -85,8 +120,8 @@ def vllm_triton(case: SiluQuantCase, seed: int) -> Run:
 
 
 def inductor(case: SiluQuantCase, seed: int) -> Run:
-    if case.layout is ScaleLayout.PACKED_UE8M0:
-        raise Missing("the compiled twin writes fp32 scales only")
+    if case.kind != "group" or case.layout is ScaleLayout.PACKED_UE8M0:
+        raise Missing("the compiled twin writes fp32 group scales only")
     function = compiled(_silu_quant)
     x, q, scale = _tensors(case, seed)
     return Run(lambda: function(x, q, scale), (q, scale))
@@ -100,6 +135,8 @@ def _silu_quant(x: torch.Tensor, q: torch.Tensor, scale: torch.Tensor) -> None:
 
 
 IMPLEMENTATIONS: dict[str, Callable[[SiluQuantCase, int], Run]] = {
+    "ours": ours,
+    "ours_no_pdl": ours_no_pdl,
     "vllm": vllm,
     "vllm_separate": vllm_separate,
     "vllm_triton": vllm_triton,
@@ -109,8 +146,11 @@ IMPLEMENTATIONS: dict[str, Callable[[SiluQuantCase, int], Run]] = {
 
 def check(case: SiluQuantCase, seed: int, outputs: tuple[torch.Tensor, ...]) -> tuple[bool, dict[str, Any]]:
     """Right when q * scale is silu(gate) * up within the format's error."""
-    q, scale = outputs
+    q, *scales = outputs
     gate, up = _input(case, seed).double().chunk(2, dim=-1)
-    values = dequantise(q, unpack_scale(scale, case.intermediate_size // GROUP))
+    if case.kind == "group":
+        values = dequantise(q, unpack_scale(scales[0], case.intermediate_size // GROUP))
+    else:
+        values = q.double() * (scales[0].double() if scales else STATIC_SCALE)
     limit = FP8_LIMIT * (2 if case.layout is ScaleLayout.PACKED_UE8M0 else 1)
     return verdict(error_of(values, torch.nn.functional.silu(gate) * up), limit)

@@ -1,12 +1,14 @@
-"""Quantisation with one scale per token or per tensor: vLLM's CUDA ops and what torch.compile makes of the same."""
+"""Quantisation with one scale per token or per tensor: ours, vLLM's CUDA ops, and what torch.compile makes of it."""
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
+import vllm_b200_plugin.ops.token_quant  # noqa: F401 - defines the ops
+from benchmarks import families
 from benchmarks.cases.token_quant import TokenQuantCase, benchmarks
-from benchmarks.families import Run
+from benchmarks.families import Missing, Run
 from benchmarks.families._common import (
     E4M3,
     E4M3_MAX,
@@ -21,7 +23,7 @@ from benchmarks.families._common import (
 
 OP = "token_quant"
 INT8_MAX = 127.0
-STATIC_SCALE = 1 / 64  # normal values reach 5 to 6: within the format
+STATIC_SCALE = 1 / 16  # normal values reach 5 to 6: within both formats
 cases = benchmarks
 
 
@@ -31,7 +33,7 @@ def record(case: TokenQuantCase) -> dict[str, Any]:
         "n": None,
         "k": case.hidden_size,
         "dtype": case.dtype_name,
-        "layout": "per_tensor" if case.static else "per_token",
+        "layout": ("per_tensor" if case.static else "per_token") + ("_azp" if case.asymmetric else ""),
         "bytes": case.num_bytes,
         "flops": 0,
     }
@@ -49,17 +51,41 @@ def _tensors(case: TokenQuantCase, seed: int) -> tuple[torch.Tensor, torch.Tenso
     return x, q, torch.empty(case.num_tokens, 1, device=x.device)
 
 
+def _azp(case: TokenQuantCase) -> torch.Tensor | None:
+    return torch.empty(case.num_tokens, 1, dtype=torch.int32, device=families.device) if case.asymmetric else None
+
+
+def _run(call: Callable[[], object], *outputs: torch.Tensor | None) -> Run:
+    return Run(call, tuple(output for output in outputs if output is not None))
+
+
+def ours(case: TokenQuantCase, seed: int, pdl: bool = True) -> Run:
+    x, q, scale = _tensors(case, seed)
+    if case.static:
+        static = torch.ops.vllm_b200.per_tensor_quant
+        return Run(lambda: static(x, q, scale, None, pdl), (q,))
+    dynamic, azp = torch.ops.vllm_b200.per_token_quant, _azp(case)
+    return _run(lambda: dynamic(x, q, scale, azp, None, pdl), q, scale, azp)
+
+
+def ours_no_pdl(case: TokenQuantCase, seed: int) -> Run:
+    return ours(case, seed, pdl=False)
+
+
 def vllm(case: TokenQuantCase, seed: int) -> Run:
     if case.static:
-        static = vllm_op("static_scaled_fp8_quant")
+        static = vllm_op("static_scaled_int8_quant" if case.dtype == torch.int8 else "static_scaled_fp8_quant")
         x, q, scale = _tensors(case, seed)
         return Run(lambda: static(q, x, scale, None), (q,))
     dynamic = vllm_op("dynamic_scaled_int8_quant" if case.dtype == torch.int8 else "dynamic_per_token_scaled_fp8_quant")
     x, q, scale = _tensors(case, seed)
-    return Run(lambda: dynamic(q, x, scale, None), (q, scale))
+    azp = _azp(case)
+    return _run(lambda: dynamic(q, x, scale, azp), q, scale, azp)
 
 
 def inductor(case: TokenQuantCase, seed: int) -> Run:
+    if case.asymmetric or (case.static and case.dtype == torch.int8):
+        raise Missing("the compiled twin has no zero point, and no static int8")
     x, q, scale = _tensors(case, seed)
     if case.static:
         static = compiled(_static_fp8)
@@ -82,7 +108,12 @@ def _dynamic_int8(x: torch.Tensor, q: torch.Tensor, scale: torch.Tensor) -> None
     q.copy_((x.float() / scale).round().clamp(-128, 127).to(torch.int8))
 
 
-IMPLEMENTATIONS: dict[str, Callable[[TokenQuantCase, int], Run]] = {"vllm": vllm, "inductor": inductor}
+IMPLEMENTATIONS: dict[str, Callable[[TokenQuantCase, int], Run]] = {
+    "ours": ours,
+    "ours_no_pdl": ours_no_pdl,
+    "vllm": vllm,
+    "inductor": inductor,
+}
 
 
 def check(case: TokenQuantCase, seed: int, outputs: tuple[torch.Tensor, ...]) -> tuple[bool, dict[str, Any]]:
@@ -90,6 +121,9 @@ def check(case: TokenQuantCase, seed: int, outputs: tuple[torch.Tensor, ...]) ->
     x = _input(case, seed).double()
     if case.static:
         return verdict(error_of(outputs[0].double() * STATIC_SCALE, x), FP8_LIMIT)
+    if case.asymmetric:
+        q, scale, azp = outputs
+        return verdict(error_of((q.double() - azp.double()) * scale.double(), x), FP8_LIMIT)
     q, scale = outputs
     qmax = INT8_MAX if case.dtype == torch.int8 else E4M3_MAX
     expected = x.abs().amax(-1, keepdim=True) / qmax

@@ -1,29 +1,9 @@
 #include "quant.h"
 
 #include "../kernels/quant/group_quant.h"
+#include "checks.h"
 
 namespace vllm_b200 {
-namespace {
-
-InputType input_type(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case ScalarType::BFloat16: return InputType::kBFloat16;
-    case ScalarType::Half: return InputType::kHalf;
-    case ScalarType::Float: return InputType::kFloat;
-    default: STD_TORCH_CHECK(false, "x: takes bfloat16, float16 or float32");
-  }
-}
-
-OutputType output_type(const Tensor& q) {
-  switch (q.scalar_type()) {
-    case ScalarType::Float8_e4m3fn: return OutputType::kE4M3;
-    case ScalarType::Char: return OutputType::kInt8;
-    default: STD_TORCH_CHECK(false, "q: takes float8_e4m3fn or int8");
-  }
-}
-
-}  // namespace
-
 // The Python wrapper has named what is wrong in words; these checks keep a
 // direct call of the op from reading or writing out of range.
 void per_token_group_quant(const Tensor& x, Tensor q, Tensor scale, int64_t group_size, double eps, bool ue8m0, bool pad,

@@ -2,22 +2,11 @@
 // calls them from Python in every MoE layer of a prefill, where a kernel in
 // Python would cost more than the quantisation.
 
-#include <torch/csrc/stable/ops.h>
-
-#include <vector>
-
+#include "dispatcher.h"
 #include "quant.h"
 
 namespace vllm_b200 {
 namespace {
-
-using torch::stable::detail::from;
-
-template <typename... Args>
-void call_dispatcher(const char* op, const Args&... args) {
-  std::vector<StableIValue> stack{from(args)...};
-  STD_TORCH_CHECK(torch_call_dispatcher(op, "", stack.data(), TORCH_ABI_VERSION) == 0, op, " failed");
-}
 
 bool rows_are_aligned(const Tensor& q) {
   for (int64_t d = 0; d + 1 < q.dim(); ++d) {

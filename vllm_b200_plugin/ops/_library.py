@@ -71,3 +71,14 @@ def override_quant_ops(namespace: str, dispatch_key: str) -> None:
     if not status().loaded:
         raise RuntimeError(status().reason)
     ctypes.CDLL(str(status().path)).vllm_b200_override_quant_ops(namespace.encode(), dispatch_key.encode())
+
+
+def override_op(namespace: str, op: str, dispatch_key: str) -> None:
+    """Put our kernel before that of one of vLLM's ops; csrc/torch/vllm_memory_ops.cpp.
+
+    Raises RuntimeError where the library is not loaded, or has nothing for the op.
+    """
+    if not status().loaded:
+        raise RuntimeError(status().reason)
+    if ctypes.CDLL(str(status().path)).vllm_b200_override_op(namespace.encode(), op.encode(), dispatch_key.encode()):
+        raise RuntimeError(f"the CUDA library has no kernel for {op}")

@@ -166,9 +166,7 @@ def _per_token_group_quant_cpu(
     """The reference: the same fp32 operations as the CUDA kernel, in PyTorch."""
     qmax = QUANT_MAX[q.dtype]
     groups = x.float().unflatten(-1, (-1, group_size)) if x.shape[-1] else x.float().unsqueeze(-1)
-    group_scale = groups.abs().amax(-1).clamp(min=eps) / qmax
-    if ue8m0:
-        group_scale = _round_up_to_power_of_two(group_scale.clamp(min=_MIN_UE8M0_SCALE))
+    group_scale = group_scales(groups, qmax, eps, ue8m0)
     quotient = (groups / group_scale.unsqueeze(-1)).flatten(-2)
     quotient = quotient.clamp(-qmax - (q.dtype == torch.int8), qmax)
     if q.dtype == torch.int8:
@@ -176,9 +174,20 @@ def _per_token_group_quant_cpu(
     else:
         e4m3 = quotient.to(torch.float8_e4m3fn).view(torch.uint8)
         q.view(torch.uint8).copy_(e4m3.masked_fill(quotient.isnan(), 0x7F))
+    store_group_scales(scale, group_scale, pad)
+
+
+def group_scales(groups: torch.Tensor, qmax: float, eps: float, ue8m0: bool) -> torch.Tensor:
+    """[..., G, group_size] fp32 -> [..., G] fp32 scales."""
+    scale = groups.abs().amax(-1).clamp(min=eps) / qmax
+    return _round_up_to_power_of_two(scale.clamp(min=_MIN_UE8M0_SCALE)) if ue8m0 else scale
+
+
+def store_group_scales(scale: torch.Tensor, found: torch.Tensor, pad: bool) -> None:
+    """Write fp32 scales into a tensor of any layout; with pad, zeros into its padding rows."""
     if pad:
         _zero_padding_rows(scale)
-    scale.copy_(_pack_ue8m0(group_scale) if scale.dtype == torch.int32 else group_scale)
+    scale.copy_(_pack_ue8m0(found) if scale.dtype == torch.int32 else found)
 
 
 def _round_up_to_power_of_two(y: torch.Tensor) -> torch.Tensor:

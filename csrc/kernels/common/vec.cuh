@@ -36,6 +36,15 @@ __device__ __forceinline__ void load_chunk(Chunk<T>& chunk, const T* source) {
   }
 }
 
+template <typename T>
+__device__ __forceinline__ void store_chunk(T* destination, const Chunk<T>& chunk) {
+  uint4* vectors = reinterpret_cast<uint4*>(destination);
+#pragma unroll
+  for (int i = 0; i < Chunk<T>::kWords / 4; ++i) {
+    vectors[i] = make_uint4(chunk.word[4 * i], chunk.word[4 * i + 1], chunk.word[4 * i + 2], chunk.word[4 * i + 3]);
+  }
+}
+
 // Elements 2*i and 2*i+1 as fp32 (exact).
 template <typename T>
 __device__ __forceinline__ float2 unpack_pair(const Chunk<T>& chunk, int i) {
@@ -45,6 +54,20 @@ __device__ __forceinline__ float2 unpack_pair(const Chunk<T>& chunk, int i) {
     return {__uint_as_float(chunk.word[i] << 16), __uint_as_float(chunk.word[i] & 0xffff0000u)};
   } else {
     return __half22float2(reinterpret_cast<const __half2&>(chunk.word[i]));
+  }
+}
+
+// Rounds a and b to the nearest of T, ties to even, as elements 2*i and 2*i+1.
+template <typename T>
+__device__ __forceinline__ void pack_pair(Chunk<T>& chunk, int i, float a, float b) {
+  if constexpr (sizeof(T) == 4) {
+    chunk.word[2 * i] = __float_as_uint(a), chunk.word[2 * i + 1] = __float_as_uint(b);
+  } else if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(a, b);
+    chunk.word[i] = reinterpret_cast<const uint32_t&>(pair);
+  } else {
+    const __half2 pair = __floats2half2_rn(a, b);
+    chunk.word[i] = reinterpret_cast<const uint32_t&>(pair);
   }
 }
 
@@ -82,8 +105,8 @@ __device__ __forceinline__ uint32_t pack_bytes(__nv_fp8_e4m3*, float a, float b,
   return low | high << 16;
 }
 
-// int8: round toward zero, saturate, NaN to 0.
-__device__ __forceinline__ uint32_t pack_bytes(int8_t*, float a, float b, float c, float d) {
+// Saturates.
+__device__ __forceinline__ uint32_t pack_int8(int a, int b, int c, int d) {
   uint32_t packed;
   asm("{\n"
       ".reg .b32 high;\n"
@@ -91,8 +114,22 @@ __device__ __forceinline__ uint32_t pack_bytes(int8_t*, float a, float b, float 
       "cvt.pack.sat.s8.s32.b32 %0, %3, %4, high;\n"
       "}"
       : "=r"(packed)
-      : "r"(__float2int_rz(d)), "r"(__float2int_rz(c)), "r"(__float2int_rz(b)), "r"(__float2int_rz(a)));
+      : "r"(d), "r"(c), "r"(b), "r"(a));
   return packed;
+}
+
+// int8: round toward zero, saturate, NaN to 0.
+__device__ __forceinline__ uint32_t pack_bytes(int8_t*, float a, float b, float c, float d) {
+  return pack_int8(__float2int_rz(a), __float2int_rz(b), __float2int_rz(c), __float2int_rz(d));
+}
+
+// int8 rounded to the nearest, ties to even.
+struct NearestInt8 {
+  int8_t value;
+};
+
+__device__ __forceinline__ uint32_t pack_bytes(NearestInt8*, float a, float b, float c, float d) {
+  return pack_int8(__float2int_rn(a), __float2int_rn(b), __float2int_rn(c), __float2int_rn(d));
 }
 
 }  // namespace vllm_b200

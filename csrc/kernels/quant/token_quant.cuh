@@ -1,0 +1,195 @@
+#pragma once
+
+#include <algorithm>
+
+#include "../common/launch.cuh"
+#include "row_source.cuh"
+
+// One scale for a row of one or several warps, whose numbers stay in registers between its maximum and its bytes; or
+// one given scale for everything.
+
+namespace vllm_b200 {
+namespace {
+
+constexpr int kRowsPerBlock = 4;         // where a row is a warp
+constexpr int64_t kFewChunks = 64 * 132;  // below, small blocks on many SMs
+
+// Fp32 as an int that orders alike; NaN lies beyond the infinity of its sign.
+__device__ __forceinline__ int ordered(float x) {
+  const int bits = __float_as_int(x);
+  return bits ^ (bits >> 31 & 0x7fffffff);
+}
+__device__ __forceinline__ float from_ordered(int bits) { return __int_as_float(bits ^ (bits >> 31 & 0x7fffffff)); }
+
+template <typename T>
+__device__ __forceinline__ void widen(int& low, int& high, const Chunk<T>& chunk) {
+#pragma unroll
+  for (int i = 0; i < kChunk / 2; ++i) {
+    const float2 pair = unpack_pair(chunk, i);
+    low = min(low, min(ordered(pair.x), ordered(pair.y)));
+    high = max(high, max(ordered(pair.x), ordered(pair.y)));
+  }
+}
+
+// The maximum over the warps of a row. A block of several rows has one warp for each.
+template <typename T>
+__device__ __forceinline__ T row_max(T value, T* shared) {
+  value = __reduce_max_sync(kFullWarp, value);
+  if (blockDim.x > 32) {
+    if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = value;
+    __syncthreads();
+    value = __reduce_max_sync(kFullWarp, shared[min(threadIdx.x % 32, blockDim.x / 32 - 1)]);
+  }
+  return value;
+}
+
+template <typename T>
+__device__ __forceinline__ void quantize_asymmetric(const Chunk<T>& chunk, float reciprocal, int azp, void* destination) {
+  uint32_t packed[kChunk / 4];
+#pragma unroll
+  for (int i = 0; i < kChunk / 4; ++i) {
+    const float2 low = unpack_pair(chunk, 2 * i), high = unpack_pair(chunk, 2 * i + 1);
+    const auto to_int = [&](float x) { return __float2int_rn(__fmul_rn(x, reciprocal)) + azp; };
+    packed[i] = pack_int8(to_int(low.x), to_int(low.y), to_int(high.x), to_int(high.y));
+  }
+  *static_cast<uint4*>(destination) = make_uint4(packed[0], packed[1], packed[2], packed[3]);
+}
+
+// scale = max(min(amax, upper bound) / 448, 1 / (448 * 512)), vLLM's floor; NaN passes.
+__device__ __forceinline__ float token_scale_e4m3(uint32_t amax, const float* upper_bound) {
+  float bound = __uint_as_float(amax);
+  if (upper_bound != nullptr) bound = min_nan(bound, *upper_bound);
+  return max_nan(divide_by<448>(bound), 1.0f / (448.0f * 512.0f));
+}
+
+// Quantises the row of the calling warps from its chunks in registers: chunk i goes to destination[i], or nowhere if null.
+template <TokenQuant kKind, typename Divide, int kChunks, typename Value>
+__device__ __forceinline__ void quantize_row(const Chunk<Value> (&chunk)[kChunks], void* const (&destination)[kChunks],
+                                             float* scale_out, int32_t* azp_out, const float* scale_ub) {
+  if constexpr (kKind == TokenQuant::kInt8Asymmetric) {
+    __shared__ int lows[32], highs[32];
+    int low = 0x7fffffff, high = -0x7fffffff - 1;
+#pragma unroll
+    for (int i = 0; i < kChunks; ++i) {
+      if (destination[i] != nullptr) widen(low, high, chunk[i]);
+    }
+    const float smallest = from_ordered(~row_max(~low, lows)), largest = from_ordered(row_max(high, highs));
+    const float scale = __fdiv_rn(largest - smallest, 255.0f);
+    const bool flat = scale == 0.0f;  // a row of one value stands for 0, whatever its bytes
+    const int azp = flat ? 0 : __float2int_rn(-128.0f - __fdiv_rn(smallest, scale));
+    const float reciprocal = flat ? 0.0f : __frcp_rn(scale);
+#pragma unroll
+    for (int i = 0; i < kChunks; ++i) {
+      if (destination[i] != nullptr) quantize_asymmetric(chunk[i], reciprocal, azp, destination[i]);
+    }
+    if (threadIdx.x == 0) *scale_out = scale, *azp_out = azp;
+  } else {
+    __shared__ uint32_t maxima[32];
+    uint32_t amax = 0;
+#pragma unroll
+    for (int i = 0; i < kChunks; ++i) amax = max(amax, absmax_bits(chunk[i]));
+    amax = row_max(amax, maxima);
+    float scale;
+    if constexpr (kKind == TokenQuant::kE4M3) {
+      scale = token_scale_e4m3(amax, scale_ub);
+      const Divide divide(scale);
+#pragma unroll
+      for (int i = 0; i < kChunks; ++i) {
+        if (destination[i] != nullptr) quantize_chunk(chunk[i], divide, static_cast<__nv_fp8_e4m3*>(destination[i]));
+      }
+    } else {
+      scale = divide_by<127>(__uint_as_float(amax));
+      const Multiplier multiply(amax == 0 ? 0.0f : __fdiv_rn(127.0f, __uint_as_float(amax)));
+#pragma unroll
+      for (int i = 0; i < kChunks; ++i) {
+        if (destination[i] != nullptr) quantize_chunk(chunk[i], multiply, static_cast<NearestInt8*>(destination[i]));
+      }
+    }
+    if (threadIdx.x == 0) *scale_out = scale;
+  }
+}
+
+// The same with one given scale.
+template <TokenQuant kKind, typename Divide, typename Value>
+__device__ __forceinline__ void quantize_with(const Chunk<Value>& chunk, float scale, int azp, void* destination) {
+  if constexpr (kKind == TokenQuant::kE4M3) {
+    quantize_chunk(chunk, Multiplier(__frcp_rn(scale)), static_cast<__nv_fp8_e4m3*>(destination));
+  } else if constexpr (kKind == TokenQuant::kInt8) {
+    quantize_chunk(chunk, Divide(scale), static_cast<NearestInt8*>(destination));
+  } else {
+    quantize_asymmetric(chunk, __frcp_rn(scale), azp, destination);
+  }
+}
+
+// A block: one row of blockDim.x threads, or blockDim.y rows of a warp each.
+template <typename Source, TokenQuant kKind, int kChunks>
+__global__ void __launch_bounds__(kChunks == 4 ? 512 : 1024) token_quant_kernel(const __grid_constant__ TokenQuantParams p) {
+  pdl_trigger();
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
+  const auto* x = static_cast<const typename Source::Input*>(p.x) + row * p.x_stride_row;
+  auto* q = static_cast<uint8_t*>(p.q) + row * p.q_stride_row;
+  float* scale = p.scale + row;
+  const int hidden_size = static_cast<int>(p.hidden_size);
+  asm volatile("" ::"l"(x), "l"(q), "l"(scale), "r"(hidden_size));
+  pdl_wait();
+  if (row >= p.rows) return;  // whole warps, of blocks with no barrier
+
+  typename Source::Raw raw[kChunks] = {};
+  void* destination[kChunks];
+#pragma unroll
+  for (int i = 0; i < kChunks; ++i) {
+    const int column = (threadIdx.x + i * blockDim.x) * kChunk;
+    destination[i] = column < hidden_size ? q + column : nullptr;
+    if (column < hidden_size) Source::load(raw[i], x + column, hidden_size);
+  }
+  Chunk<typename Source::Value> chunk[kChunks];
+#pragma unroll
+  for (int i = 0; i < kChunks; ++i) chunk[i] = Source::finish(raw[i], p.activation);
+  quantize_row<kKind, typename Source::Divide>(chunk, destination, scale, p.azp + row, p.scale_ub);
+}
+
+template <typename Source, TokenQuant kKind>
+__global__ void __launch_bounds__(256) tensor_quant_kernel(const __grid_constant__ TokenQuantParams p) {
+  pdl_trigger();
+  const int64_t column = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) * kChunk;
+  int64_t row = static_cast<int64_t>(blockIdx.y) * blockDim.y + threadIdx.y;
+  const auto* x = static_cast<const typename Source::Input*>(p.x) + row * p.x_stride_row + column;
+  auto* q = static_cast<uint8_t*>(p.q) + row * p.q_stride_row + column;
+  const int64_t rows = p.rows, step = static_cast<int64_t>(gridDim.y) * blockDim.y;
+  asm volatile("" ::"l"(x), "l"(q), "l"(rows), "l"(p.scale), "l"(p.azp));
+  pdl_wait();
+  if (column >= p.hidden_size) return;
+
+  // More rows only where the grid's limit of 65535 blocks cuts it.
+  for (; row < rows; row += step, x += step * p.x_stride_row, q += step * p.q_stride_row) {
+    typename Source::Raw raw;
+    Source::load(raw, x, p.hidden_size);
+    const float scale = *p.scale;
+    const int azp = kKind == TokenQuant::kInt8Asymmetric ? *p.azp : 0;
+    quantize_with<kKind, typename Source::Divide>(Source::finish(raw, p.activation), scale, azp, q);
+  }
+}
+
+constexpr int64_t round_up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
+
+template <typename Source, TokenQuant kKind, int kChunks>
+cudaError_t launch_token_quant(const TokenQuantParams& p, cudaStream_t stream) {
+  const int64_t threads = round_up((p.hidden_size + kChunks * kChunk - 1) / (kChunks * kChunk), 32);
+  if (threads > (kChunks == 4 ? 512 : 1024)) return cudaErrorInvalidValue;
+  const int rows = threads == 32 ? kRowsPerBlock : 1;
+  const dim3 grid((p.rows + rows - 1) / rows), block(threads, rows);
+  return launch_kernel(token_quant_kernel<Source, kKind, kChunks>, grid, block, 0, stream, p.pdl, p);
+}
+
+template <typename Source, TokenQuant kKind>
+cudaError_t launch_tensor_quant(const TokenQuantParams& p, cudaStream_t stream) {
+  const int64_t chunks = p.hidden_size / kChunk;
+  const int threads = static_cast<int>(std::min<int64_t>(round_up(chunks, 32), p.rows * chunks < kFewChunks ? 64 : 256));
+  const int rows = 256 / threads;
+  const dim3 block(threads, p.rows < rows ? 1 : rows);
+  const dim3 grid((chunks + threads - 1) / threads, std::min<int64_t>((p.rows + block.y - 1) / block.y, 65535));
+  return launch_kernel(tensor_quant_kernel<Source, kKind>, grid, block, 0, stream, p.pdl, p);
+}
+
+}  // namespace
+}  // namespace vllm_b200

@@ -1,0 +1,20 @@
+"""Feature norm_quant_ops: vLLM's fused ops of RMSNorm and quantisation run our kernels."""
+
+import vllm_b200_plugin.ops.norm_quant  # noqa: F401 - defines the ops
+from vllm_b200_plugin import vllm_compat
+from vllm_b200_plugin.features import NotForThisPlatform
+from vllm_b200_plugin.integration import library, op_override
+
+
+def apply() -> None:
+    """Override the ops for CUDA, once. Raises FeatureUnavailable where that cannot be done."""
+    platform = vllm_compat.CURRENT_PLATFORM.get()
+    if not platform.is_cuda():
+        raise NotForThisPlatform(f"for CUDA, vLLM runs on {platform.device_name}")
+    library.require()
+    override("_C", "CUDA")
+
+
+def override(namespace: str, dispatch_key: str) -> None:
+    """Put ours before the kernels that the ops in `namespace` have for `dispatch_key`."""
+    op_override.override(vllm_compat.NORM_QUANT_OPS, namespace, dispatch_key, "fused RMSNorm and quantisation ops")
