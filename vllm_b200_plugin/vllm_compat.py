@@ -191,6 +191,58 @@ QUANT_OPS = {
     "per_token_group_quant_int8": ("input", "output_q", "output_s", "group_size", "eps", "int8_min", "int8_max"),
 }
 
+# The same, until vLLM chooses the kernels of its MoE layers' routing and bookkeeping through a registry.
+MOE_OPS = {
+    "topk_softmax": (
+        "topk_weights",
+        "topk_indices",
+        "token_expert_indices",
+        "gating_output",
+        "renormalize",
+        "bias",
+        "is_padding",
+    ),
+    "topk_sigmoid": (
+        "topk_weights",
+        "topk_indices",
+        "token_expert_indices",
+        "gating_output",
+        "renormalize",
+        "bias",
+        "routed_scaling_factor",
+        "is_padding",
+    ),
+    "grouped_topk": (
+        "scores",
+        "n_group",
+        "topk_group",
+        "topk",
+        "renormalize",
+        "routed_scaling_factor",
+        "bias",
+        "scoring_func",
+    ),
+    "moe_align_block_size": (
+        "topk_ids",
+        "num_experts",
+        "block_size",
+        "sorted_token_ids",
+        "experts_ids",
+        "num_tokens_post_pad",
+        "maybe_expert_map",
+        "scatter_idx",
+    ),
+    "batched_moe_align_block_size": (
+        "max_tokens_per_batch",
+        "block_size",
+        "expert_num_tokens",
+        "sorted_token_ids",
+        "experts_ids",
+        "num_tokens_post_pad",
+    ),
+    "moe_sum": ("input", "output", "topk_ids", "expert_map"),
+}
+
 
 def capability() -> tuple[int, int] | None:
     """Compute capability of the GPU, told by NVML without starting CUDA; None on other platforms."""

@@ -71,3 +71,16 @@ def override_quant_ops(namespace: str, dispatch_key: str) -> None:
     if not status().loaded:
         raise RuntimeError(status().reason)
     ctypes.CDLL(str(status().path)).vllm_b200_override_quant_ops(namespace.encode(), dispatch_key.encode())
+
+
+def override_moe_op(namespace: str, name: str, dispatch_key: str) -> None:
+    """Put our kernel before that of one of vLLM's MoE ops; csrc/torch/vllm_moe_ops.cpp.
+
+    Raises RuntimeError where the library is not loaded, or stands in for no op of that name.
+    """
+    if not status().loaded:
+        raise RuntimeError(status().reason)
+    override = ctypes.CDLL(str(status().path)).vllm_b200_override_moe_op
+    override.restype = ctypes.c_bool
+    if not override(namespace.encode(), name.encode(), dispatch_key.encode()):
+        raise RuntimeError(f"the CUDA library stands in for no op named {name}")

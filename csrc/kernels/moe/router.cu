@@ -1,0 +1,188 @@
+#include "router.h"
+
+#include <cooperative_groups.h>
+
+#include <algorithm>
+
+#include "../common/cluster.cuh"
+#include "../common/launch.cuh"
+#include "gate.cuh"
+#include "select.cuh"
+
+namespace vllm_b200 {
+namespace {
+
+namespace cg = cooperative_groups;
+
+// --- the gate alone: a block has 8 experts and a slice of K, a cluster all of K
+
+template <int kWarps, int kSteps, int kTokenTiles>
+__global__ void __launch_bounds__(32 * kWarps) gate_kernel(const __grid_constant__ GateParams p, const int slice) {
+  constexpr int kOutputs = 128 * kTokenTiles, kWarpK = kSteps * kStepK;
+  __shared__ float partial[kWarps * kOutputs];
+  __shared__ float sums[kOutputs];
+  pdl_trigger();
+  cg::cluster_group cluster = cg::this_cluster();
+  const int rank = cluster.block_rank(), blocks = cluster.num_blocks();
+  const int warp = threadIdx.x / 32, first_expert = blockIdx.x / blocks * 8;
+  const int end = min(p.hidden_size, (rank + 1) * slice);
+  int k = rank * slice + warp * kWarpK;
+
+  GateWeights<1, kSteps> weights;
+  weights.load(p, first_expert, k, end);
+  pdl_wait();
+  float sum[kTokenTiles][1][4] = {};
+  gate_product(p, weights, k, end, sum);
+  for (k += kWarps * kWarpK; k < end; k += kWarps * kWarpK) {
+    weights.load(p, first_expert, k, end);
+    gate_product(p, weights, k, end, sum);
+  }
+  store_partial(partial, sum);
+  __syncthreads();
+
+  const int outputs = min(kOutputs, p.num_tokens * 8);
+  for (int i = threadIdx.x; i < outputs; i += 32 * kWarps) {
+    const float total = sum_partials<kWarps>(partial, i, kOutputs);
+    if (blocks == 1) {
+      store_logit(p, i / 8, first_expert + i % 8, total);
+    } else {
+      sums[i] = total;
+    }
+  }
+  if (blocks == 1) return;
+  cluster.sync();
+  for (int i = rank * 32 * kWarps + threadIdx.x; i < outputs; i += blocks * 32 * kWarps) {
+    float total = 0.0f;
+    for (int b = 0; b < blocks; ++b) total += *cluster.map_shared_rank(sums + i, b);
+    store_logit(p, i / 8, first_expert + i % 8, total);
+  }
+  cluster.sync();
+}
+
+template <int kWarps, int kSteps, int kTokenTiles>
+cudaError_t launch_gate(const GateParams& p, int cluster, cudaStream_t stream) {
+  const int slice = ((p.hidden_size + cluster - 1) / cluster + kStepK - 1) / kStepK * kStepK;
+  return launch_clusters(gate_kernel<kWarps, kSteps, kTokenTiles>, dim3((p.num_experts + 7) / 8 * cluster),
+                         dim3(32 * kWarps), cluster, 0, stream, p.pdl, p, slice);
+}
+
+}  // namespace
+
+#ifdef VLLM_B200_VARIANTS
+cudaError_t gate_variant(const GateParams& p, int warps, int steps, int cluster, cudaStream_t stream) {
+#define CASE(W, S)                                                                        \
+  if (warps == W && steps == S)                                                           \
+    return p.num_tokens <= 16 ? launch_gate<W, S, 1>(p, cluster, stream) : launch_gate<W, S, 2>(p, cluster, stream);
+  CASE(4, 2) CASE(4, 4) CASE(8, 1) CASE(8, 2) CASE(8, 4) CASE(16, 1) CASE(16, 2) CASE(16, 4)
+#undef CASE
+  return cudaErrorInvalidValue;
+}
+#endif
+
+cudaError_t gate(const GateParams& params, cudaStream_t stream) {
+  if (params.num_tokens == 0) return cudaSuccess;
+  const int cluster = params.hidden_size <= 1024 ? 1 : params.hidden_size <= 2048 ? 2 : params.hidden_size <= 4096 ? 4 : 8;
+  return params.num_tokens <= 16 ? launch_gate<8, 4, 1>(params, cluster, stream)
+                                 : launch_gate<8, 4, 2>(params, cluster, stream);
+}
+
+// --- gate and selection: one cluster, every block has all of K for some of the experts
+
+namespace {
+
+// Every block adds up 8 * kTiles experts for all tokens and hands each token's
+// logits to the block that selects for it.
+template <int kWarps, int kTiles, int kSteps, int kTokenTiles, int kQuads>
+__global__ void __launch_bounds__(32 * kWarps) router_kernel(const __grid_constant__ GateParams p,
+                                                            const __grid_constant__ SelectParams select,
+                                                            const __grid_constant__ SelectOutputs out) {
+  constexpr int kColumns = 8 * kTiles, kOutputs = 16 * kTokenTiles * kColumns, kWarpK = kSteps * kStepK;
+  constexpr int kMaxTokens = 16 * kTokenTiles, kMinBlocks = kMinFusedExperts / kColumns;
+  static_assert(kMaxTokens / kMinBlocks <= kWarps);
+  extern __shared__ float partial[];  // [kWarps][kOutputs]
+  __shared__ __align__(16) float logits[kMaxTokens / kMinBlocks * 128 * kQuads];  // [tokens of this block][128 * kQuads]
+  pdl_trigger();
+  cg::cluster_group cluster = cg::this_cluster();
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;");
+  const int rank = cluster.block_rank(), blocks = cluster.num_blocks();
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, first_expert = rank * kColumns;
+  int k = warp * kWarpK;
+
+  GateWeights<kTiles, kSteps> weights;
+  weights.load(p, first_expert, k, p.hidden_size);
+  float bias[4 * kQuads];
+  load_bias<kQuads>(select, lane, bias);
+  pdl_wait();
+  float sum[kTokenTiles][kTiles][4] = {};
+  gate_product(p, weights, k, p.hidden_size, sum);
+  for (k += kWarps * kWarpK; k < p.hidden_size; k += kWarps * kWarpK) {
+    weights.load(p, first_expert, k, p.hidden_size);
+    gate_product(p, weights, k, p.hidden_size, sum);
+  }
+  store_partial(partial, sum);
+  __syncthreads();
+  asm volatile("barrier.cluster.wait.aligned;");  // all blocks run: their shared memory may be written
+
+  for (int i = threadIdx.x; i < min(kOutputs, p.num_tokens * kColumns); i += 32 * kWarps) {
+    const int token = i / kColumns, expert = first_expert + i % kColumns;
+    if (expert >= p.num_experts) continue;
+    const float value = store_logit(p, token, expert, sum_partials<kWarps>(partial, i, kOutputs));
+    *cluster.map_shared_rank(logits + token / blocks * 128 * kQuads + expert, token % blocks) = value;
+  }
+  cluster.sync();
+
+  const int token = warp * blocks + rank;
+  if (token >= p.num_tokens) return;
+  float x[4 * kQuads];
+#pragma unroll
+  for (int q = 0; q < kQuads; ++q) {
+    const float4 v = *reinterpret_cast<const float4*>(logits + warp * 128 * kQuads + 128 * q + 4 * lane);
+    x[4 * q] = v.x, x[4 * q + 1] = v.y, x[4 * q + 2] = v.z, x[4 * q + 3] = v.w;
+  }
+  select_row<kQuads>(select, out, token, bias, x);
+}
+
+template <int kWarps, int kTiles, int kSteps, int kTokenTiles, int kQuads>
+cudaError_t launch_router(const GateParams& p, const SelectParams& select, const SelectOutputs& out,
+                          cudaStream_t stream) {
+  const auto kernel = router_kernel<kWarps, kTiles, kSteps, kTokenTiles, kQuads>;
+  constexpr size_t kBytes = kWarps * 16 * kTokenTiles * 8 * kTiles * sizeof(float);
+  const int cluster = (p.num_experts + 8 * kTiles - 1) / (8 * kTiles);
+  if (cluster > 8) {
+    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    if (error != cudaSuccess) return error;
+  }
+  if (kBytes > 32 * 1024) {
+    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+    if (error != cudaSuccess) return error;
+  }
+  return launch_clusters(kernel, dim3(cluster), dim3(32 * kWarps), cluster, kBytes, stream, p.pdl, p, select, out);
+}
+
+}  // namespace
+
+#ifdef VLLM_B200_VARIANTS
+cudaError_t router_variant(const GateParams& p, const SelectParams& s, const SelectOutputs& o, int warps, int tiles,
+                           int steps, cudaStream_t stream) {
+#define CASE(W, T, S, Q)                                                                   \
+  if (warps == W && tiles == T && steps == S && (p.num_experts + 127) / 128 == Q)          \
+    return p.num_tokens <= 16 ? launch_router<W, T, S, 1, Q>(p, s, o, stream) : launch_router<W, T, S, 2, Q>(p, s, o, stream);
+  CASE(16, 1, 4, 1) CASE(16, 2, 4, 1) CASE(8, 1, 4, 1) CASE(8, 1, 8, 1) CASE(16, 2, 2, 1)
+  CASE(16, 2, 4, 2) CASE(16, 2, 8, 2)
+#undef CASE
+  return cudaErrorInvalidValue;
+}
+#endif
+
+cudaError_t router(const GateParams& p, const SelectParams& select, const SelectOutputs& out, cudaStream_t stream) {
+  if (p.num_tokens == 0) return cudaSuccess;
+  if (p.num_experts < kMinFusedExperts || p.num_experts > kMaxFusedExperts) return cudaErrorInvalidValue;
+  if (p.num_experts > 128) {
+    return p.num_tokens <= 16 ? launch_router<16, 2, 4, 1, 2>(p, select, out, stream)
+                              : launch_router<16, 2, 4, 2, 2>(p, select, out, stream);
+  }
+  return p.num_tokens <= 16 ? launch_router<16, 1, 4, 1, 1>(p, select, out, stream)
+                            : launch_router<16, 1, 4, 2, 1>(p, select, out, stream);
+}
+
+}  // namespace vllm_b200
