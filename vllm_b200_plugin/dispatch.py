@@ -12,6 +12,8 @@ FLASHINFER_SWAP_AB = "flashinfer_swap_ab"
 CUTLASS = "cutlass"
 TRITON = "triton"
 REFERENCE = "reference"  # in PyTorch, on CPU
+GATE = "gate"  # our gate of MoE layers, for few tokens
+ROUTER = "router"  # the gate with the selection of experts, in one kernel
 VLLM = "vllm"  # none of ours: vLLM goes on through its own list
 
 GROUP_SIZE = 128
@@ -106,3 +108,22 @@ def fp8_block_gemm(num_tokens: int, capability: tuple[int, int], *, flashinfer: 
     if num_tokens >= SWAP_AB_BELOW:
         return Choice(DEEP_GEMM, f"{num_tokens} tokens, DeepGEMM is faster from {SWAP_AB_BELOW} on")
     return Choice(FLASHINFER_SWAP_AB, f"{num_tokens} tokens, below {SWAP_AB_BELOW}")
+
+
+# A cluster of 16 blocks reads the weight of the fused router; past this many bytes the two kernels, which spread over
+# the GPU, are faster.
+FUSED_ROUTER_BYTES = 1 << 20
+
+
+def gate(num_experts: int, hidden_size: int) -> Choice:
+    """The gate of an MoE layer, bf16 [num_experts, hidden_size], for up to 32 tokens."""
+    return Choice(GATE, f"{num_experts}x{hidden_size} bfloat16, every weight read once by as many SMs as it pays for")
+
+
+def fused_router(num_experts: int, hidden_size: int) -> Choice:
+    """Whether the gate, bf16 [num_experts, hidden_size], and the selection of experts go in one kernel."""
+    if not 32 <= num_experts <= 256:
+        return Choice(GATE, f"one cluster takes 32 to 256 experts, got {num_experts}")
+    if 2 * num_experts * hidden_size > FUSED_ROUTER_BYTES:
+        return Choice(GATE, f"the weight has {2 * num_experts * hidden_size} bytes, too many for one cluster")
+    return Choice(ROUTER, f"the weight's {2 * num_experts * hidden_size} bytes are few enough for one cluster")

@@ -51,7 +51,7 @@ FEATURES: tuple[Feature, ...] = (
     ),
     Feature(
         name="topk_ops",
-        changes="vLLM's own ops that choose the experts of a token (softmax, sigmoid, grouped), wherever vLLM calls them",
+        changes="vLLM's own ops that choose a token's experts (softmax, sigmoid, grouped), wherever vLLM calls them",
         needs="the CUDA library, compute capability 9.0, 10.0, 10.3 or 12.0",
         module="vllm_b200_plugin.integration.topk_ops",
         after="vllm._custom_ops",
@@ -62,6 +62,13 @@ FEATURES: tuple[Feature, ...] = (
         needs="the CUDA library, compute capability 9.0, 10.0, 10.3 or 12.0",
         module="vllm_b200_plugin.integration.moe_align_ops",
         after="vllm._custom_ops",
+    ),
+    Feature(
+        name="router_gate",
+        changes="the gate of MoE layers up to 32 tokens, in one kernel with the selection of experts where possible",
+        needs="the CUDA library, compute capability 9.0, 10.0, 10.3 or 12.0; a bf16 gate without bias",
+        module="vllm_b200_plugin.integration.router_gate",
+        after="vllm.model_executor.layers.fused_moe.router.fused_topk_router",
     ),
     Feature(
         name="cpu_fp8_moe",

@@ -27,12 +27,8 @@ def override(names: tuple[str, ...], namespace: str, dispatch_key: str) -> None:
     names = tuple(name for name in names if _overridden.get((name, dispatch_key)) != namespace)
     for name in names:
         if (name, dispatch_key) in _overridden:
-            raise FeatureUnavailable(
-                f"{name} of {_overridden[name, dispatch_key]} is ours for {dispatch_key} already"
-            )
-    originals = {
-        name: op_override.original(namespace, name, dispatch_key, vllm_compat.MOE_OPS[name]) for name in names
-    }
+            raise FeatureUnavailable(f"{name} of {_overridden[name, dispatch_key]} is ours for {dispatch_key} already")
+    originals = {name: op_override.original(namespace, name, dispatch_key, vllm_compat.MOE_OPS[name]) for name in names}
     for name, (kernel, signature) in originals.items():
         op_override.keep(name, kernel, signature, dispatch_key)
         _library.override_moe_op(namespace, name, dispatch_key)

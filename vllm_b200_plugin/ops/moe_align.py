@@ -48,9 +48,7 @@ def moe_align_block_size(
     if block_size < 1:
         raise ValueError(f"block_size: takes at least 1, got {block_size}")
     if expert_map is not None and (expert_map.dtype != torch.int32 or expert_map.shape != (num_experts,)):
-        raise ValueError(
-            f"expert_map: takes int32 [{num_experts}], got {expert_map.dtype} {tuple(expert_map.shape)}"
-        )
+        raise ValueError(f"expert_map: takes int32 [{num_experts}], got {expert_map.dtype} {tuple(expert_map.shape)}")
     room = worst_case(topk_ids.numel(), num_experts, block_size)
     outputs = [
         torch.empty(size, dtype=torch.int32, device=topk_ids.device) for size in (room, -(-room // block_size), 1)

@@ -35,8 +35,7 @@ def moe_sum(
     """
     if x.dim() != 3 or x.dtype not in DTYPES:
         raise ValueError(
-            "x: takes float32, float16 or bfloat16 [num_tokens, topk, hidden_size], "
-            f"got {x.dtype} {tuple(x.shape)}"
+            f"x: takes float32, float16 or bfloat16 [num_tokens, topk, hidden_size], got {x.dtype} {tuple(x.shape)}"
         )
     vector = 16 // x.element_size()
     rows = [stride for stride, size in zip(x.stride()[:2], x.shape[:2], strict=True) if size > 1]
@@ -58,9 +57,7 @@ def moe_sum(
     return out
 
 
-torch_library.define(
-    f"{_OP}(Tensor x, Tensor(a!) out, Tensor? topk_ids, Tensor? expert_map, bool pdl=False) -> ()"
-)
+torch_library.define(f"{_OP}(Tensor x, Tensor(a!) out, Tensor? topk_ids, Tensor? expert_map, bool pdl=False) -> ()")
 
 
 @torch.library.register_fake(f"vllm_b200::{_OP}", lib=torch_library)

@@ -82,7 +82,7 @@ class Selection:
         if rest or size not in GROUP_SIZES:
             return f"num_groups: takes groups of {GROUP_SIZES} experts, got {self.num_groups} of {num_experts}"
         if self.topk > self.topk_group * size:
-            return f"topk: takes up to the {self.topk_group * size} experts of {self.topk_group} groups, got {self.topk}"
+            return f"topk: takes up to {self.topk_group * size}, all of {self.topk_group} groups, got {self.topk}"
         return None
 
     def schema_values(self) -> tuple[int, int, int, bool, float, int, int]:
@@ -189,7 +189,7 @@ def select_reference(
 ) -> None:
     """The definition, in PyTorch; in the dtype of the logits where that is float64, else in fp32."""
     x = logits if logits.dtype == torch.float64 else logits.float()
-    num_tokens, num_experts = x.shape
+    num_tokens = x.shape[0]
     score = scores(x, Scoring(scoring))
     if style == Style.PLAIN:
         score = score.masked_fill(~score.isfinite(), 0.0)
