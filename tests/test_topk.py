@@ -1,6 +1,8 @@
 """Selection of experts: the CPU reference against its definition in float64, the CUDA kernel against the reference, and
 both on ties, NaN, Inf and padding."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -34,7 +36,7 @@ def by_definition(case: SelectCase, logits: torch.Tensor, bias: torch.Tensor | N
             candidates = [e for e in candidates if e // size in kept]
         order = sorted(candidates, key=lambda e: (-choice[e], e))
         chosen = order[: selection.topk]
-        gaps += [choice[a] - choice[b] for a, b in zip(order, order[1 : selection.topk + 1], strict=False)]
+        gaps += [choice[a] - choice[b] for a, b in itertools.pairwise(order[: selection.topk + 1])]
         weight = [score[e] for e in chosen]
         total = sum(weight) if selection.renormalize else 1.0
         rows.append((chosen, [w / total * selection.scale for w in weight], min(gaps, default=1.0) > CLEAR))
@@ -213,12 +215,12 @@ def test_equal_to_vllm_on_a_million_rows(num_experts: int, selection: Selection,
         ({"selection": Selection(8, num_groups=8, topk_group=9)}, "topk_group: takes 1 to 8 of 8 groups, got 9"),
         (
             {"selection": Selection(8, num_groups=6)},
-            r"num_groups: takes groups of \(4, 8, 16, 32\) experts, got 6 of 128",
+            r"takes groups of \(4, 8, 16, 32\) experts, got 6 of 128",
         ),
-        ({"selection": Selection(8, num_groups=32)}, "topk: takes up to the 4 of 1 groups, got 8"),
+        ({"selection": Selection(8, num_groups=32)}, "topk: takes up to 4, all of 1 groups, got 8"),
         (
             {"bias": torch.zeros(64)},
-            r"bias: takes float32 or float16 or bfloat16 \[128\] on cpu, got torch.float32 \(64,\)",
+            r"bias: takes float32 or float16 or bfloat16 \[128\] on cpu",
         ),
         ({"is_padding": torch.zeros(2)}, r"is_padding: takes bool \[2\] on cpu, got torch.float32 \(2,\) on cpu"),
         ({"ids_dtype": torch.int16}, "ids_dtype: takes int32, uint32 or int64, got torch.int16"),
