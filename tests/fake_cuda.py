@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fake_moe_ops import define_moe_ops
 
 FLAGS = ", bool scale_ue8m0, bool dummy_is_scale_transposed, bool dummy_is_tma_aligned"
 ARCHS = ("90a", "100a", "103a", "120a")
@@ -60,6 +61,7 @@ def pretend(
     status = _library.LibraryStatus(Path("_C.abi3.so"), library, "" if library else "was not built", ARCHS)
     _library.status = lambda: status  # type: ignore[assignment]
     _library.override_quant_ops = lambda namespace, dispatch_key: None  # type: ignore[assignment]
+    _library.override_moe_op = lambda namespace, name, dispatch_key: None  # type: ignore[assignment]
 
 
 def _no_kernel(*args: Any, **kwargs: Any) -> None:
@@ -81,7 +83,9 @@ def _define_ops(capability: tuple[int, int]) -> None:
         lib.define(f"{name}(int cuda_device_capability) -> bool")
         lib.impl(name, lambda cc, minimum=minimum: cc >= minimum, "CompositeExplicitAutograd")
     define_quant_ops(lib, "CUDA", lambda *args: None)
-    _kept.append(lib)
+    moe_lib = torch.library.Library("_moe_C", "FRAGMENT")
+    define_moe_ops(moe_lib, "CUDA", lambda *args: None)
+    _kept.extend((lib, moe_lib))
 
 
 def define_quant_ops(

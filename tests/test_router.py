@@ -4,13 +4,12 @@ import pytest
 import torch
 
 from vllm_b200_plugin.ops.router import router, router_gate
-from vllm_b200_plugin.ops.topk import Scoring, Selection, Style, select_experts
+from vllm_b200_plugin.ops.topk import Scoring, Selection, select_experts
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 NUM_TOKENS = [1, 2, 7, 8, 9, 16, 17, 32]
 SHAPES = [(128, 2048), (64, 2048), (256, 7168), (32, 2880), (40, 104), (200, 1000)]
 GATE_SHAPES = [*SHAPES, (8, 64), (384, 7168), (512, 8), (128, 16384)]
-GROUPED = Selection(8, Scoring.TANH_SIGMOID, Style.GROUPED, True, 2.5, 8, 4)
 
 
 def operands(device: str, num_tokens: int, num_experts: int, hidden_size: int):
@@ -42,8 +41,8 @@ def test_gate(device: str, num_tokens: int, num_experts: int, hidden_size: int) 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_router(device: str, num_tokens: int, num_experts: int, hidden_size: int, dtype: torch.dtype) -> None:
     x, weight = operands(device, num_tokens, num_experts, hidden_size)
-    grouped = num_experts == 256
-    selection, bias = (GROUPED, torch.linspace(-0.2, 0.2, 256, device=device)) if grouped else (Selection(8), None)
+    bias = torch.linspace(-0.2, 0.2, 256, device=device) if num_experts == 256 else None
+    selection = Selection(8, Scoring.SOFTMAX if bias is None else Scoring.SIGMOID, scale=2.5)
     is_padding = torch.arange(num_tokens, device=device) % 5 == 4
     logits, weights, ids = router(
         x, weight, selection, bias, logits_dtype=dtype, ids_dtype=torch.int64, is_padding=is_padding
@@ -123,5 +122,7 @@ def test_router_takes_what_fits_a_cluster() -> None:
     for num_experts in (24, 264):
         with pytest.raises(ValueError, match=f"weight: takes 32 to 256 experts, got {num_experts}"):
             router(torch.zeros(1, 64).bfloat16(), torch.zeros(num_experts, 64).bfloat16(), Selection(8))
+    with pytest.raises(ValueError, match="selection: takes SOFTMAX or SIGMOID, got NONE"):
+        router(torch.zeros(1, 64).bfloat16(), torch.zeros(64, 64).bfloat16(), Selection(8, Scoring.NONE))
     with pytest.raises(ValueError, match="topk: takes 1 to 32 of 64 experts, got 40"):
         router(torch.zeros(1, 64).bfloat16(), torch.zeros(64, 64).bfloat16(), Selection(40))

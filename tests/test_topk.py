@@ -8,12 +8,12 @@ import torch
 
 from benchmarks.cases.topk import CLEAR, SelectCase
 from benchmarks.cases.topk import tests as select_cases
-from vllm_b200_plugin.ops.topk import Scoring, Selection, Style, select_experts
+from vllm_b200_plugin.ops.topk import Scoring, Selection, select_experts
 
 CASES = list(select_cases())
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 NAN, INF = float("nan"), float("inf")
-GROUPED = Selection(8, Scoring.TANH_SIGMOID, Style.GROUPED, True, 2.5, 8, 4)
+GROUPED = Selection(8, Scoring.TANH_SIGMOID, True, 2.5, 8, 4)
 
 
 def by_definition(case: SelectCase, logits: torch.Tensor, bias: torch.Tensor | None):
@@ -136,9 +136,8 @@ def test_padding_and_dtypes_of_ids(device: str, ids_dtype: torch.dtype) -> None:
     expected, expected_ids = select_experts(logits, Selection(8))
     assert ids.dtype == ids_dtype
     signed = ids.view(torch.int32) if ids_dtype == torch.uint32 else ids
-    assert (signed[is_padding] == -1).all() and not weights[is_padding].any()
-    assert torch.equal(signed[~is_padding].int(), expected_ids[~is_padding])
-    assert torch.equal(weights[~is_padding], expected[~is_padding])
+    assert torch.equal(signed.int(), expected_ids.masked_fill(is_padding.unsqueeze(1), -1))
+    assert torch.equal(weights, expected)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -191,7 +190,7 @@ def test_equal_to_vllm_on_a_million_rows(num_experts: int, selection: Selection,
         torch.empty(len(logits), 8, dtype=torch.int32, device="cuda"),
     )
     rows, bias = torch.empty_like(ids), None
-    if selection.style is Style.GROUPED:
+    if selection.num_groups > 1:
         bias = torch.randn(num_experts, device="cuda") / 8
         weights, ids = torch.ops._moe_C.grouped_topk(logits, 8, 4, 8, True, 2.5, bias, 1)
     elif selection.scoring is Scoring.SOFTMAX:
@@ -211,13 +210,14 @@ def test_equal_to_vllm_on_a_million_rows(num_experts: int, selection: Selection,
         ({"logits": torch.zeros(128, 64).t()}, r"logits: takes a last stride of 1, got strides \(1, 64\)"),
         ({"logits": torch.zeros(2, 513)}, "num_experts: takes 1 to 512, got 513"),
         ({"selection": Selection(33)}, "topk: takes 1 to 32 of 128 experts, got 33"),
+        ({"selection": Selection(8, num_groups=8)}, "num_groups: takes 1 with SOFTMAX, got 8"),
         ({"selection": Selection(8, topk_group=2)}, "topk_group: takes 1 of 1 group, got 2"),
-        ({"selection": Selection(8, num_groups=8, topk_group=9)}, "topk_group: takes 1 to 8 of 8 groups, got 9"),
+        ({"selection": Selection(8, Scoring.NONE, num_groups=8, topk_group=9)}, "topk_group: takes 1 to 8 of 8 groups, got 9"),
         (
-            {"selection": Selection(8, num_groups=6)},
+            {"selection": Selection(8, Scoring.NONE, num_groups=6)},
             r"takes groups of \(4, 8, 16, 32\) experts, got 6 of 128",
         ),
-        ({"selection": Selection(8, num_groups=32)}, "topk: takes up to 4, all of 1 groups, got 8"),
+        ({"selection": Selection(8, Scoring.NONE, num_groups=32)}, "topk: takes up to 4, all of 1 groups, got 8"),
         (
             {"bias": torch.zeros(64)},
             r"bias: takes float32 or float16 or bfloat16 \[128\] on cpu",

@@ -6,7 +6,7 @@ from itertools import product
 
 import torch
 
-from vllm_b200_plugin.ops.topk import Scoring, Selection, Style
+from vllm_b200_plugin.ops.topk import Scoring, Selection
 
 CLEAR = 1e-5  # closer choices than this may fall either way in fp32
 
@@ -24,7 +24,7 @@ class SelectCase:
         bias = f"-bias_{_short(self.bias_dtype)}" if self.bias_dtype else ""
         groups = f"-groups{s.num_groups}of{s.topk_group}" if s.num_groups > 1 else ""
         return (
-            f"{self.num_tokens}-E{self.num_experts}-k{s.topk}-{s.scoring.name.lower()}-{s.style.name.lower()}"
+            f"{self.num_tokens}-E{self.num_experts}-k{s.topk}-{s.scoring.name.lower()}"
             f"{'' if s.renormalize else '-raw'}{groups}-{_short(self.dtype)}{bias}"
         )
 
@@ -58,7 +58,7 @@ def tests() -> Iterator[SelectCase]:
     for bias_dtype in (None, fp32, bf16, fp16):
         yield SelectCase(7, 128, sigmoid, fp32, bias_dtype)
         yield SelectCase(7, 320, Selection(6, renormalize=False), bf16, bias_dtype)
-    grouped = Scoring.TANH_SIGMOID, Style.GROUPED, True, 2.5
+    grouped = Scoring.TANH_SIGMOID, True, 2.5
     for num_experts, groups, kept, topk in (
         (256, 8, 4, 8),
         (128, 8, 3, 8),
@@ -70,4 +70,4 @@ def tests() -> Iterator[SelectCase]:
     yield SelectCase(9, 256, Selection(8, *grouped, 8, 4), bf16, bf16)
     yield SelectCase(9, 384, Selection(8, *grouped), bf16, fp32)
     yield SelectCase(9, 512, Selection(22, *grouped), fp32, fp32)
-    yield SelectCase(9, 256, Selection(8, Scoring.NONE, Style.GROUPED, False, 1.0, 8, 4), fp32, fp32)
+    yield SelectCase(9, 256, Selection(8, Scoring.NONE, False, 1.0, 8, 4), fp32, fp32)

@@ -10,7 +10,7 @@ from benchmarks.cases.moe import TOP_K, RouterCase, TopKCase, router_benchmarks
 from benchmarks.families import Missing, Run
 from benchmarks.families import topk as topk_family
 from benchmarks.families._common import Returned, error_of, generator, normal, peer, verdict
-from vllm_b200_plugin.ops.router import FUSED_EXPERTS
+from vllm_b200_plugin.ops.router import fused_refusal
 from vllm_b200_plugin.ops.topk import select_reference
 
 OP = "router"
@@ -49,8 +49,8 @@ def _outputs(case: RouterCase) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor
 
 
 def ours(case: RouterCase, seed: int) -> Run:
-    if case.num_experts not in FUSED_EXPERTS:
-        raise Missing(f"takes {FUSED_EXPERTS[0]} to {FUSED_EXPERTS[-1]} experts")
+    if problem := fused_refusal(case.num_experts, topk_family.selection(_top_k_case(case))):
+        raise Missing(problem)
     (x, weight, bias), outputs = _inputs(case, seed), _outputs(case)
     op, rule = torch.ops.vllm_b200.router, topk_family.selection(_top_k_case(case)).schema_values()
     return Run(lambda: op(x, weight, *outputs, None, *rule, bias, None, True), outputs)

@@ -9,7 +9,7 @@ from benchmarks import families
 from benchmarks.cases.moe import TOP_K, TopKCase, top_k_benchmarks
 from benchmarks.families import Missing, Run
 from benchmarks.families._common import Returned, error_of, generator, peer, verdict
-from vllm_b200_plugin.ops.topk import Scoring, Selection, Style
+from vllm_b200_plugin.ops.topk import Scoring, Selection
 
 OP = "topk"
 ROUTED_SCALE = 2.5
@@ -47,7 +47,7 @@ def selection(case: TopKCase) -> Selection:
     if not case.grouped:
         return Selection(TOP_K)
     groups = case.num_groups, case.num_groups_kept
-    return Selection(TOP_K, Scoring.TANH_SIGMOID, Style.GROUPED, True, ROUTED_SCALE, *groups)
+    return Selection(TOP_K, Scoring.TANH_SIGMOID, True, ROUTED_SCALE, *groups)
 
 
 def ours(case: TopKCase, seed: int, pdl: bool = True) -> Run:

@@ -42,30 +42,32 @@ int32_t* int32_data(const Tensor& tensor, const char* name) {
   return static_cast<int32_t*>(tensor.data_ptr());
 }
 
-SelectParams select_params(int64_t num_experts, int32_t device, int64_t topk, int64_t scoring, int64_t style,
+SelectParams select_params(int64_t num_experts, int32_t device, int64_t topk, int64_t scoring,
                            bool renormalize, double scale, int64_t num_groups, int64_t topk_group,
                            const OptionalTensor& bias) {
+  SelectParams params = {};
   STD_TORCH_CHECK(num_experts >= 1 && num_experts <= kMaxRoutedExperts, "num_experts: takes 1 to ", kMaxRoutedExperts,
                   ", got ", num_experts);
   STD_TORCH_CHECK(topk >= 1 && topk <= kMaxTopK && topk <= num_experts, "topk: takes 1 to ", kMaxTopK, " of ",
                   num_experts, " experts, got ", topk);
-  STD_TORCH_CHECK(scoring >= 0 && scoring <= 3 && style >= 0 && style <= 1, "scoring, style: take 0 to 3 and 0 to 1");
+  STD_TORCH_CHECK(scoring >= 0 && scoring <= 3, "scoring: takes 0 to 3, got ", scoring);
   STD_TORCH_CHECK(num_groups >= 1 && topk_group >= 1 && topk_group <= num_groups, "topk_group: takes 1 to ",
                   num_groups, " groups, got ", topk_group);
+  params.group_quads = 1;
   if (num_groups > 1) {
+    STD_TORCH_CHECK(scoring >= 2, "num_groups: takes 1 with this scoring, got ", num_groups);
     const int64_t size = num_experts / num_groups;
     STD_TORCH_CHECK(num_experts % num_groups == 0 && (size == 4 || size == 8 || size == 16 || size == 32),
                     "num_groups: takes groups of 4, 8, 16 or 32 experts, got ", num_groups, " of ", num_experts);
     STD_TORCH_CHECK(topk <= topk_group * size, "topk: takes up to the experts of topk_group groups, got ", topk);
+    params.group_quads = static_cast<int32_t>(size / 4);
   }
-  SelectParams params = {};
   if (bias) {
     check_flat(*bias, num_experts, device, "bias");
     params.bias = bias->data_ptr();
     params.bias_type = float_type(*bias, "bias");
   }
   params.scoring = static_cast<Scoring>(scoring);
-  params.grouped = style == 1;
   params.num_experts = static_cast<int32_t>(num_experts);
   params.topk = static_cast<int32_t>(topk);
   params.num_groups = static_cast<int32_t>(num_groups);
@@ -141,13 +143,14 @@ void router_gate_op(const Tensor& x, const Tensor& weight, Tensor logits, bool p
 }
 
 void router_op(const Tensor& x, const Tensor& weight, Tensor logits, Tensor weights, Tensor ids,
-               OptionalTensor source_rows, int64_t topk, int64_t scoring, int64_t style, bool renormalize, double scale,
+               OptionalTensor source_rows, int64_t topk, int64_t scoring, bool renormalize, double scale,
                int64_t num_groups, int64_t topk_group, OptionalTensor bias, OptionalTensor is_padding, bool pdl) {
   const int32_t device = x.get_device_index();
   const GateParams params = gate_params(x, weight, logits, pdl);
   STD_TORCH_CHECK(params.num_experts >= kMinFusedExperts && params.num_experts <= kMaxFusedExperts, "weight: takes ",
                   kMinFusedExperts, " to ", kMaxFusedExperts, " experts, got ", params.num_experts);
-  const SelectParams select = select_params(params.num_experts, device, topk, scoring, style, renormalize, scale,
+  STD_TORCH_CHECK(scoring <= 1, "scoring: takes 0 to 1, got ", scoring);
+  const SelectParams select = select_params(params.num_experts, device, topk, scoring, renormalize, scale,
                                             num_groups, topk_group, bias);
   const SelectOutputs out = select_outputs(params.num_tokens, topk, device, weights, ids, source_rows, is_padding);
   const torch::stable::accelerator::DeviceGuard guard(device);
@@ -157,7 +160,7 @@ void router_op(const Tensor& x, const Tensor& weight, Tensor logits, Tensor weig
 }  // namespace
 
 void topk_op(const Tensor& logits, Tensor weights, Tensor ids, OptionalTensor source_rows, int64_t topk_count,
-             int64_t scoring, int64_t style, bool renormalize, double scale, int64_t num_groups, int64_t topk_group,
+             int64_t scoring, bool renormalize, double scale, int64_t num_groups, int64_t topk_group,
              OptionalTensor bias, OptionalTensor is_padding, bool pdl) {
   STD_TORCH_CHECK(logits.dim() == 2, "logits: takes 2 dimensions, got ", logits.dim());
   STD_TORCH_CHECK(logits.numel() == 0 || logits.stride(1) == 1, "logits: takes a last stride of 1");
@@ -166,7 +169,7 @@ void topk_op(const Tensor& logits, Tensor weights, Tensor ids, OptionalTensor so
   params.logits = logits.data_ptr();
   params.logits_type = float_type(logits, "logits");
   params.stride = logits.stride(0);
-  params.select = select_params(logits.size(1), device, topk_count, scoring, style, renormalize, scale, num_groups,
+  params.select = select_params(logits.size(1), device, topk_count, scoring, renormalize, scale, num_groups,
                                 topk_group, bias);
   params.out = select_outputs(logits.size(0), topk_count, device, weights, ids, source_rows, is_padding);
   params.pdl = pdl;

@@ -11,7 +11,7 @@ namespace vllm_b200 {
 // cannot address.
 
 void topk_op(const Tensor& logits, Tensor weights, Tensor ids, std::optional<Tensor> source_rows, int64_t topk,
-             int64_t scoring, int64_t style, bool renormalize, double scale, int64_t num_groups, int64_t topk_group,
+             int64_t scoring, bool renormalize, double scale, int64_t num_groups, int64_t topk_group,
              std::optional<Tensor> bias, std::optional<Tensor> is_padding, bool pdl);
 
 void moe_align_op(const Tensor& topk_ids, int64_t num_experts, int64_t block_size, Tensor sorted_ids,

@@ -40,15 +40,15 @@ bool selection_fits(int64_t num_experts, int64_t topk) {
 
 // vllm_b200::topk, without the dispatcher where that would only cost time.
 void select(const Tensor& logits, const Tensor& weights, const Tensor& ids, const OptionalTensor& rows, int64_t topk,
-            Scoring scoring, bool grouped, bool renormalize, double scale, int64_t num_groups, int64_t topk_group,
+            Scoring scoring, bool renormalize, double scale, int64_t num_groups, int64_t topk_group,
             const OptionalTensor& bias, const OptionalTensor& is_padding) {
-  const int64_t scoring_value = static_cast<int64_t>(scoring), style = grouped ? 1 : 0;
+  const int64_t scoring_value = static_cast<int64_t>(scoring);
   const bool pdl = false;  // the gate before it is mostly cuBLAS's, which does not let a successor start early
   if (logits.is_cuda()) {
-    topk_op(logits, weights, ids, rows, topk, scoring_value, style, renormalize, scale, num_groups, topk_group, bias,
+    topk_op(logits, weights, ids, rows, topk, scoring_value, renormalize, scale, num_groups, topk_group, bias,
             is_padding, pdl);
   } else {
-    call_dispatcher("vllm_b200::topk", logits, weights, ids, rows, topk, scoring_value, style, renormalize, scale,
+    call_dispatcher("vllm_b200::topk", logits, weights, ids, rows, topk, scoring_value, renormalize, scale,
                     num_groups, topk_group, bias, is_padding, pdl);
   }
 }
@@ -68,7 +68,7 @@ bool plain(const Tensor& weights, const Tensor& ids, const Tensor& rows, const T
   const bool bias_fits = !bias || (bias->scalar_type() == ScalarType::Float && bias->is_contiguous() &&
                                    bias->numel() == logits.size(1));
   if (!outputs || !padding || !bias_fits || !selection_fits(logits.size(1), topk)) return false;
-  select(logits, weights, ids, rows, topk, scoring, false, renormalize, scale, 1, 1, bias, is_padding);
+  select(logits, weights, ids, rows, topk, scoring, renormalize, scale, 1, 1, bias, is_padding);
   return true;
 }
 
@@ -111,7 +111,7 @@ std::tuple<Tensor, Tensor> grouped_topk(Tensor scores, int64_t num_groups, int64
   const std::vector<int64_t> shape{scores.size(0), topk};
   const Tensor weights = torch::stable::new_empty(scores, shape, ScalarType::Float);
   const Tensor ids = torch::stable::new_empty(scores, shape, ScalarType::Int);
-  select(scores, weights, ids, std::nullopt, topk, scoring_func == 1 ? Scoring::kTanhSigmoid : Scoring::kNone, true,
+  select(scores, weights, ids, std::nullopt, topk, scoring_func == 1 ? Scoring::kTanhSigmoid : Scoring::kNone,
          renormalize, scale, num_groups, topk_group, bias, std::nullopt);
   return {weights, ids};
 }

@@ -1,5 +1,6 @@
 """Standing in for a compiled op of vLLM's: the op keeps its name, its kernel stays callable under another."""
 
+import re
 from typing import Any
 
 import torch
@@ -28,7 +29,9 @@ def original(namespace: str, name: str, dispatch_key: str, known: tuple[str, ...
         kernel = torch.library.get_kernel(f"{namespace}::{name}", dispatch_key)
     except RuntimeError as error:
         raise FeatureUnavailable(f"{namespace}::{name} has no kernel for {dispatch_key}: {error}") from error
-    return kernel, str(schema).removeprefix(f"{namespace}::{name}")
+    # `Tensor!`, a written argument without a name for its alias, is printed in a form that no schema takes.
+    signature = re.sub(r"\(\$(\d+)! -> \)", r"(written\1!)", str(schema).removeprefix(f"{namespace}::{name}"))
+    return kernel, signature
 
 
 def keep(name: str, kernel: Any, signature: str, dispatch_key: str) -> None:

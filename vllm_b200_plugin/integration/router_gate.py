@@ -84,7 +84,7 @@ class B200GateLinear(_Base):
         self._consumer = consumer
         num_experts, hidden_size = self.weight.shape
         choice = dispatch.fused_router(num_experts, hidden_size)
-        if choice.kernel != dispatch.ROUTER or consumer.selection.refusal(num_experts):
+        if choice.kernel != dispatch.ROUTER or router_ops.fused_refusal(num_experts, consumer.selection):
             self._consumer = None
         report.chosen(
             "MoE gate and selection",

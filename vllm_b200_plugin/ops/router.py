@@ -7,6 +7,7 @@ from vllm_b200_plugin.ops._library import torch_library
 from vllm_b200_plugin.ops.topk import (
     MAX_EXPERTS,
     SELECTION_SCHEMA,
+    Scoring,
     Selection,
     check_row_inputs,
     empty_outputs,
@@ -57,7 +58,7 @@ def router(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """router_gate() and select_experts() of its result in one kernel; the selection sees logits of logits_dtype.
 
-    Args: as for those two; 32 to 256 experts.
+    Args: as for those two; 32 to 256 experts, and SOFTMAX or SIGMOID.
 
     Returns:
         logits [num_tokens, num_experts], weights [num_tokens, topk] fp32 and ids [num_tokens, topk].
@@ -67,10 +68,8 @@ def router(
     """
     _check(x, weight, logits_dtype)
     num_experts = weight.shape[0]
-    if num_experts not in FUSED_EXPERTS:
-        raise ValueError(f"weight: takes {FUSED_EXPERTS[0]} to {FUSED_EXPERTS[-1]} experts, got {num_experts}")
-    if refusal := selection.refusal(num_experts):
-        raise ValueError(refusal)
+    if problem := fused_refusal(num_experts, selection):
+        raise ValueError(problem)
     check_row_inputs(bias, is_padding, x.shape[0], num_experts, x.device)
     logits = torch.empty(x.shape[0], num_experts, dtype=logits_dtype, device=x.device)
     weights, ids = empty_outputs(x, selection.topk, ids_dtype)
@@ -95,6 +94,15 @@ def refusal(num_tokens: int, weight: torch.Tensor, out_dtype: torch.dtype) -> st
     if out_dtype not in OUT_DTYPES:
         return f"out_dtype: takes float32 or bfloat16, got {out_dtype}"
     return None
+
+
+def fused_refusal(num_experts: int, selection: Selection) -> str | None:
+    """Why router() does not take a selection from that many experts; None where it does."""
+    if num_experts not in FUSED_EXPERTS:
+        return f"weight: takes {FUSED_EXPERTS[0]} to {FUSED_EXPERTS[-1]} experts, got {num_experts}"
+    if selection.scoring > Scoring.SIGMOID:
+        return f"selection: takes SOFTMAX or SIGMOID, got {selection.scoring.name}"
+    return selection.refusal(num_experts)
 
 
 def _check(x: torch.Tensor, weight: torch.Tensor, out_dtype: torch.dtype) -> None:
@@ -138,7 +146,6 @@ def _router_cpu(
     source_rows: torch.Tensor | None,
     topk: int,
     scoring: int,
-    style: int,
     renormalize: bool,
     scale: float,
     num_groups: int,
@@ -148,7 +155,7 @@ def _router_cpu(
     pdl: bool = False,
 ) -> None:
     _router_gate_cpu(x, weight, logits)
-    rule = topk, scoring, style, renormalize, scale, num_groups, topk_group
+    rule = topk, scoring, renormalize, scale, num_groups, topk_group
     select_reference(logits, weights, ids, source_rows, *rule, bias, is_padding)
 
 

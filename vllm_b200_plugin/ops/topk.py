@@ -11,10 +11,10 @@ topk_group best groups are candidates; ties to the lower group.
 
 What vLLM's kernels do beyond that, and ours with them:
 
-- `Style.PLAIN` (topk_softmax, topk_sigmoid): a score that is NaN or Inf counts as 0. So a row with a NaN gets experts
+- SOFTMAX and SIGMOID (topk_softmax, topk_sigmoid): a score that is NaN or Inf counts as 0. So a row with a NaN gets experts
   0 to topk - 1 at weight 0 from a softmax. A sum of 0 divides as 1.
-- `Style.GROUPED` (grouped_topk): a NaN is the largest choice there is. The sum gets 1e-20 added.
-- Rows that are padding get expert -1 at weight 0.
+- TANH_SIGMOID and NONE (grouped_topk): a NaN is the largest choice there is. The sum gets 1e-20 added.
+- Rows that are padding get expert -1; their weights are what the logits say.
 
 The biases have to be finite: with -Inf, which of the experts without a chance is chosen is left open.
 """
@@ -45,24 +45,16 @@ class Scoring(enum.IntEnum):
     NONE = 3
 
 
-class Style(enum.IntEnum):
-    """What becomes of NaN, Inf and a sum of 0: see above."""
-
-    PLAIN = 0
-    GROUPED = 1
-
-
 @dataclass(frozen=True)
 class Selection:
     """How many experts a token gets, and by what.
 
-    num_groups: groups of equally many experts, 4, 8, 16 or 32 each; 1 for no groups.
+    num_groups: groups of equally many experts, 4, 8, 16 or 32 each, for TANH_SIGMOID and NONE; 1 for no groups.
     scale: routed_scaling_factor.
     """
 
     topk: int
     scoring: Scoring = Scoring.SOFTMAX
-    style: Style = Style.PLAIN
     renormalize: bool = True
     scale: float = 1.0
     num_groups: int = 1
@@ -76,6 +68,8 @@ class Selection:
             return f"topk: takes 1 to {min(MAX_TOPK, num_experts)} of {num_experts} experts, got {self.topk}"
         if self.num_groups == 1:
             return None if self.topk_group == 1 else f"topk_group: takes 1 of 1 group, got {self.topk_group}"
+        if self.scoring < Scoring.TANH_SIGMOID:
+            return f"num_groups: takes 1 with {self.scoring.name}, got {self.num_groups}"
         if not 1 <= self.topk_group <= self.num_groups:
             return f"topk_group: takes 1 to {self.num_groups} of {self.num_groups} groups, got {self.topk_group}"
         size, rest = divmod(num_experts, self.num_groups) if self.num_groups > 0 else (0, 1)
@@ -85,15 +79,14 @@ class Selection:
             return f"topk: takes up to {self.topk_group * size}, all of {self.topk_group} groups, got {self.topk}"
         return None
 
-    def schema_values(self) -> tuple[int, int, int, bool, float, int, int]:
+    def schema_values(self) -> tuple[int, int, bool, float, int, int]:
         """The arguments of our ops that describe a selection, in their order."""
-        groups = self.num_groups, self.topk_group
-        return self.topk, int(self.scoring), int(self.style), self.renormalize, self.scale, *groups
+        return self.topk, int(self.scoring), self.renormalize, self.scale, self.num_groups, self.topk_group
 
 
 # What our ops take for a Selection.
 SELECTION_SCHEMA = (
-    "int topk, int scoring, int style, bool renormalize, float scale, int num_groups, int topk_group, "
+    "int topk, int scoring, bool renormalize, float scale, int num_groups, int topk_group, "
     "Tensor? bias, Tensor? is_padding"
 )
 
@@ -114,7 +107,7 @@ def select_experts(
         selection: what is chosen, and by what.
         bias: [num_experts] fp32, fp16 or bf16, added to the scores for the choice alone (e_score_correction_bias).
         ids_dtype: int32, uint32 (-1 becomes 2^32 - 1) or int64.
-        is_padding: [num_tokens] bool; rows that get expert -1 at weight 0.
+        is_padding: [num_tokens] bool; rows that get expert -1.
         pdl: launch with programmatic stream serialization. Pays behind a kernel that lets its successor start early.
 
     Returns:
@@ -179,7 +172,6 @@ def select_reference(
     source_rows: torch.Tensor | None,
     topk: int,
     scoring: int,
-    style: int,
     renormalize: bool,
     scale: float,
     num_groups: int,
@@ -190,8 +182,8 @@ def select_reference(
     """The definition, in PyTorch; in the dtype of the logits where that is float64, else in fp32."""
     x = logits if logits.dtype == torch.float64 else logits.float()
     num_tokens = x.shape[0]
-    score = scores(x, Scoring(scoring))
-    if style == Style.PLAIN:
+    score, plain = scores(x, Scoring(scoring)), scoring < Scoring.TANH_SIGMOID
+    if plain:
         score = score.masked_fill(~score.isfinite(), 0.0)
     choice = score if bias is None else score + bias.to(score.dtype)
     if num_groups > 1:
@@ -204,11 +196,10 @@ def select_reference(
     weight = score.gather(1, chosen)
     if renormalize:
         total = weight.sum(1, keepdim=True)
-        weight = weight / (total + 1e-20 if style == Style.GROUPED else total.masked_fill(total <= 0, 1.0))
+        weight = weight / (total.masked_fill(total <= 0, 1.0) if plain else total + 1e-20)
     weight = weight * scale
     if is_padding is not None:
         chosen = chosen.masked_fill(is_padding.unsqueeze(1), -1)
-        weight = weight.masked_fill(is_padding.unsqueeze(1), 0.0)
     weights.copy_(weight)
     if ids.dtype == torch.uint32:
         ids.view(torch.int32).copy_(chosen)
@@ -250,7 +241,6 @@ def _topk_cpu(
     source_rows: torch.Tensor | None,
     topk: int,
     scoring: int,
-    style: int,
     renormalize: bool,
     scale: float,
     num_groups: int,
@@ -259,7 +249,7 @@ def _topk_cpu(
     is_padding: torch.Tensor | None,
     pdl: bool = False,
 ) -> None:
-    rule = topk, scoring, style, renormalize, scale, num_groups, topk_group
+    rule = topk, scoring, renormalize, scale, num_groups, topk_group
     select_reference(logits, weights, ids, source_rows, *rule, bias, is_padding)
 
 

@@ -44,8 +44,9 @@ __device__ __forceinline__ Offsets prefix_sums(Offsets value, Offsets* warp_tota
   }
   if (lane == 31) warp_totals[warp] = sum;
   __syncthreads();
-  for (int w = 0; w < warp; ++w) sum.blocks += warp_totals[w].blocks, sum.local += warp_totals[w].local;
-  return {sum.blocks - value.blocks, sum.local - value.local};
+  const Offsets before = lane < warp ? warp_totals[lane] : Offsets{0, 0};
+  return {sum.blocks - value.blocks + __reduce_add_sync(kAllLanes, before.blocks),
+          sum.local - value.local + __reduce_add_sync(kAllLanes, before.local)};
 }
 
 __device__ __forceinline__ void fill(int32_t* out, int64_t count, int32_t value, int64_t thread, int64_t threads) {
@@ -77,6 +78,12 @@ __device__ __forceinline__ int expert_of_id(const MoeAlignParams& p, int64_t i) 
   return expert >= 0 && expert < p.num_experts ? expert : p.num_experts;  // the last key: left out
 }
 
+#ifdef VLLM_B200_STAMPS
+__device__ long long stamps[32];
+#define STAMP(i) if (threadIdx.x == 0 && blockIdx.x == 0) stamps[i] = clock64();
+#else
+#define STAMP(i)
+#endif
 template <typename Id, int kBlockThreads>
 __global__ void __launch_bounds__(kBlockThreads) align_kernel(const __grid_constant__ MoeAlignParams p,
                                                              const int64_t ids_per_block, const bool stage) {
@@ -90,6 +97,7 @@ __global__ void __launch_bounds__(kBlockThreads) align_kernel(const __grid_const
   int32_t* local = next + keys;                  // [keys]: where the expert begins in `staged`
   int2* staged = reinterpret_cast<int2*>(shared + ((kWarps + 3) * keys + 1) / 2 * 2);  // (id, where it goes)
 
+  STAMP(0)
   pdl_trigger();
   cg::cluster_group cluster = cg::this_cluster();
   const int rank = cluster.block_rank(), blocks = cluster.num_blocks();
@@ -101,6 +109,7 @@ __global__ void __launch_bounds__(kBlockThreads) align_kernel(const __grid_const
   __syncthreads();
   pdl_wait();
 
+  STAMP(1)
   int expert[kItems], place[kItems];  // -1 for no id; rank in the warp
   int64_t warp_first = 0;
   // Ids [first, first + kTile): their experts, ranks, and the counts of every warp.
@@ -159,14 +168,18 @@ __global__ void __launch_bounds__(kBlockThreads) align_kernel(const __grid_const
   const int64_t thread = static_cast<int64_t>(rank) * kBlockThreads + tid, threads = blocks * kBlockThreads;
   fill(p.sorted_ids, p.max_sorted, static_cast<int32_t>(p.num_ids), thread, threads);
   fill(p.block_experts, p.max_blocks, -1, thread, threads);
+  STAMP(2)
   if (one_tile) {
     count_tile(begin);
+    STAMP(3)
     __syncthreads();
     sum_warps();
+    STAMP(4)
   } else {
     for (int64_t i = begin + tid; i < end; i += kBlockThreads) atomicAdd(&block_counts[expert_of_id<Id>(p, i)], 1);
   }
   barrier();
+  STAMP(5)
 
   scan(
       [&](int e) -> Offsets {
@@ -188,6 +201,7 @@ __global__ void __launch_bounds__(kBlockThreads) align_kernel(const __grid_const
         }
         if (e == p.num_experts - 1 && rank == 0) *p.num_sorted = (before.blocks + own.blocks) * p.block_size;
       });
+  STAMP(6)
   barrier();  // also: nobody reads another's counts any more
 
   for (int64_t first = begin; first < end; first += kTile) {
@@ -216,11 +230,13 @@ __global__ void __launch_bounds__(kBlockThreads) align_kernel(const __grid_const
         p.sorted_ids[next[e] + in_block] = i;
       }
     }
+    STAMP(7)
     if (stage) {
       __syncthreads();
       const int num_staged = local[p.num_experts - 1] + block_counts[p.num_experts - 1];
       for (int s = tid; s < num_staged; s += kBlockThreads) p.sorted_ids[staged[s].y] = staged[s].x;
     }
+    STAMP(8)
     if (one_tile) break;
     __syncthreads();
     for (int e = tid; e < p.num_experts; e += kBlockThreads) next[e] += block_counts[e];
@@ -254,8 +270,10 @@ cudaError_t launch(const MoeAlignParams& p, cudaStream_t stream) {
   const int64_t ids_per_block = (p.num_ids + cluster - 1) / cluster;
   const size_t staged = std::min<int64_t>(ids_per_block, kTile) * sizeof(int2);
   const bool stage = ids_per_block > kDirectIds && counters + staged <= static_cast<size_t>(shared_memory[device].load());
-  return launch_clusters(kernel, dim3(cluster), dim3(kBlockThreads), cluster, counters + (stage ? staged : 0), stream,
-                         p.pdl, p, ids_per_block, stage);
+  const size_t bytes = counters + (stage ? staged : 0);
+  if (cluster == 1) return launch_kernel(kernel, dim3(1), dim3(kBlockThreads), bytes, stream, p.pdl, p, ids_per_block, stage);
+  return launch_clusters(kernel, dim3(cluster), dim3(kBlockThreads), cluster, bytes, stream, p.pdl, p, ids_per_block,
+                         stage);
 }
 
 template <typename Id>

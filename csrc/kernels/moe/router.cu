@@ -14,6 +14,89 @@ namespace {
 
 namespace cg = cooperative_groups;
 
+// --- the gate for very few tokens: a block has one expert, and multiplies on the CUDA cores
+
+// x . w of eight elements, added to sum in order.
+__device__ __forceinline__ float dot(float sum, uint4 x, uint4 w) {
+  const uint32_t a[4] = {x.x, x.y, x.z, x.w}, b[4] = {w.x, w.y, w.z, w.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    sum = fmaf(__uint_as_float(a[i] << 16), __uint_as_float(b[i] << 16), sum);
+    sum = fmaf(__uint_as_float(a[i] & 0xffff0000u), __uint_as_float(b[i] & 0xffff0000u), sum);
+  }
+  return sum;
+}
+
+template <int kWarps, int kRounds, int kTokens>
+__global__ void __launch_bounds__(32 * kWarps) gate_dot_kernel(const __grid_constant__ GateParams p) {
+  constexpr int kStep = 32 * kWarps * 8;  // elements of a round
+  __shared__ float partial[kTokens][kWarps];
+  pdl_trigger();
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, expert = blockIdx.x;
+  const __nv_bfloat16* w = static_cast<const __nv_bfloat16*>(p.weight) + expert * p.weight_stride;
+  const __nv_bfloat16* x = static_cast<const __nv_bfloat16*>(p.x);
+  uint4 weight[kRounds];
+#pragma unroll
+  for (int r = 0; r < kRounds; ++r) {
+    const int k = r * kStep + threadIdx.x * 8;
+    weight[r] = make_uint4(0, 0, 0, 0);
+    if (k < p.hidden_size) load_ahead(weight[r], w + k);
+  }
+  pdl_wait();
+
+  float sum[kTokens] = {};
+  for (int first = 0; first < p.hidden_size; first += kRounds * kStep) {
+    uint4 token[kTokens][kRounds];
+#pragma unroll
+    for (int t = 0; t < kTokens; ++t) {
+#pragma unroll
+      for (int r = 0; r < kRounds; ++r) {
+        const int k = first + r * kStep + threadIdx.x * 8;
+        token[t][r] = make_uint4(0, 0, 0, 0);
+        if (k < p.hidden_size && t < p.num_tokens) {
+          token[t][r] = *reinterpret_cast<const uint4*>(x + t * p.x_stride + k);
+        }
+      }
+    }
+#pragma unroll
+    for (int t = 0; t < kTokens; ++t) {
+#pragma unroll
+      for (int r = 0; r < kRounds; ++r) sum[t] = dot(sum[t], token[t][r], weight[r]);
+    }
+#pragma unroll
+    for (int r = 0; r < kRounds; ++r) {
+      const int k = first + (kRounds + r) * kStep + threadIdx.x * 8;
+      weight[r] = make_uint4(0, 0, 0, 0);
+      if (k < p.hidden_size) load_ahead(weight[r], w + k);
+    }
+  }
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) {
+#pragma unroll
+    for (int t = 0; t < kTokens; ++t) sum[t] += __shfl_xor_sync(kAllLanes, sum[t], step);
+  }
+  if (lane == 0) {
+#pragma unroll
+    for (int t = 0; t < kTokens; ++t) partial[t][warp] = sum[t];
+  }
+  __syncthreads();
+  const int t = threadIdx.x;
+  if (t >= kTokens || t >= p.num_tokens) return;
+  float total = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kWarps; ++i) total += partial[t][i];
+  store_logit(p, t, expert, total);
+}
+
+template <int kWarps, int kRounds>
+cudaError_t launch_gate_dot(const GateParams& p, cudaStream_t stream) {
+  const dim3 grid(p.num_experts), block(32 * kWarps);
+  if (p.num_tokens == 1) return launch_kernel(gate_dot_kernel<kWarps, kRounds, 1>, grid, block, 0, stream, p.pdl, p);
+  if (p.num_tokens == 2) return launch_kernel(gate_dot_kernel<kWarps, kRounds, 2>, grid, block, 0, stream, p.pdl, p);
+  if (p.num_tokens <= 4) return launch_kernel(gate_dot_kernel<kWarps, kRounds, 4>, grid, block, 0, stream, p.pdl, p);
+  return launch_kernel(gate_dot_kernel<kWarps, kRounds, 8>, grid, block, 0, stream, p.pdl, p);
+}
+
 // --- the gate alone: a block has 8 experts and a slice of K, a cluster all of K
 
 template <int kWarps, int kSteps, int kTokenTiles>
@@ -73,6 +156,12 @@ cudaError_t gate_variant(const GateParams& p, int warps, int steps, int cluster,
 #define CASE(W, S)                                                                        \
   if (warps == W && steps == S)                                                           \
     return p.num_tokens <= 16 ? launch_gate<W, S, 1>(p, cluster, stream) : launch_gate<W, S, 2>(p, cluster, stream);
+  if (cluster == 0 && warps == 4 && steps == 1) return launch_gate_dot<4, 1>(p, stream);
+  if (cluster == 0 && warps == 4 && steps == 2) return launch_gate_dot<4, 2>(p, stream);
+  if (cluster == 0 && warps == 4 && steps == 4) return launch_gate_dot<4, 4>(p, stream);
+  if (cluster == 0 && warps == 8 && steps == 1) return launch_gate_dot<8, 1>(p, stream);
+  if (cluster == 0 && warps == 8 && steps == 2) return launch_gate_dot<8, 2>(p, stream);
+  if (cluster == 0 && warps == 8 && steps == 4) return launch_gate_dot<8, 4>(p, stream);
   CASE(4, 2) CASE(4, 4) CASE(8, 1) CASE(8, 2) CASE(8, 4) CASE(16, 1) CASE(16, 2) CASE(16, 4)
 #undef CASE
   return cudaErrorInvalidValue;
@@ -92,7 +181,13 @@ namespace {
 
 // Every block adds up 8 * kTiles experts for all tokens and hands each token's
 // logits to the block that selects for it.
-template <int kWarps, int kTiles, int kSteps, int kTokenTiles, int kQuads>
+#ifdef VLLM_B200_STAMPS
+__device__ long long rstamps[32];
+#define STAMP(i) if (threadIdx.x == 0 && blockIdx.x == 0) rstamps[i] = clock64();
+#else
+#define STAMP(i)
+#endif
+template <Scoring kScoring, int kWarps, int kTiles, int kSteps, int kTokenTiles, int kQuads>
 __global__ void __launch_bounds__(32 * kWarps) router_kernel(const __grid_constant__ GateParams p,
                                                             const __grid_constant__ SelectParams select,
                                                             const __grid_constant__ SelectOutputs out) {
@@ -101,6 +196,7 @@ __global__ void __launch_bounds__(32 * kWarps) router_kernel(const __grid_consta
   static_assert(kMaxTokens / kMinBlocks <= kWarps);
   extern __shared__ float partial[];  // [kWarps][kOutputs]
   __shared__ __align__(16) float logits[kMaxTokens / kMinBlocks * 128 * kQuads];  // [tokens of this block][128 * kQuads]
+  STAMP(0)
   pdl_trigger();
   cg::cluster_group cluster = cg::this_cluster();
   asm volatile("barrier.cluster.arrive.relaxed.aligned;");
@@ -111,17 +207,22 @@ __global__ void __launch_bounds__(32 * kWarps) router_kernel(const __grid_consta
   GateWeights<kTiles, kSteps> weights;
   weights.load(p, first_expert, k, p.hidden_size);
   float bias[4 * kQuads];
-  load_bias<kQuads>(select, lane, bias);
+  load_bias<kQuads>(select, bias);
+  STAMP(1)
   pdl_wait();
+  STAMP(2)
   float sum[kTokenTiles][kTiles][4] = {};
   gate_product(p, weights, k, p.hidden_size, sum);
   for (k += kWarps * kWarpK; k < p.hidden_size; k += kWarps * kWarpK) {
     weights.load(p, first_expert, k, p.hidden_size);
     gate_product(p, weights, k, p.hidden_size, sum);
   }
+  STAMP(3)
   store_partial(partial, sum);
   __syncthreads();
+  STAMP(4)
   asm volatile("barrier.cluster.wait.aligned;");  // all blocks run: their shared memory may be written
+  STAMP(5)
 
   for (int i = threadIdx.x; i < min(kOutputs, p.num_tokens * kColumns); i += 32 * kWarps) {
     const int token = i / kColumns, expert = first_expert + i % kColumns;
@@ -129,7 +230,9 @@ __global__ void __launch_bounds__(32 * kWarps) router_kernel(const __grid_consta
     const float value = store_logit(p, token, expert, sum_partials<kWarps>(partial, i, kOutputs));
     *cluster.map_shared_rank(logits + token / blocks * 128 * kQuads + expert, token % blocks) = value;
   }
+  STAMP(6)
   cluster.sync();
+  STAMP(7)
 
   const int token = warp * blocks + rank;
   if (token >= p.num_tokens) return;
@@ -139,13 +242,19 @@ __global__ void __launch_bounds__(32 * kWarps) router_kernel(const __grid_consta
     const float4 v = *reinterpret_cast<const float4*>(logits + warp * 128 * kQuads + 128 * q + 4 * lane);
     x[4 * q] = v.x, x[4 * q + 1] = v.y, x[4 * q + 2] = v.z, x[4 * q + 3] = v.w;
   }
-  select_row<kQuads>(select, out, token, bias, x);
+#pragma unroll
+  for (int j = 0; j < 4 * kQuads; ++j) {
+    if (expert_of(lane, j) >= p.num_experts) x[j] = kBeyond<kScoring>;
+  }
+  STAMP(8)
+  select_row<kScoring, kQuads>(select, out, token, bias, x);
+  STAMP(9)
 }
 
-template <int kWarps, int kTiles, int kSteps, int kTokenTiles, int kQuads>
+template <Scoring kScoring, int kWarps, int kTiles, int kSteps, int kTokenTiles, int kQuads>
 cudaError_t launch_router(const GateParams& p, const SelectParams& select, const SelectOutputs& out,
                           cudaStream_t stream) {
-  const auto kernel = router_kernel<kWarps, kTiles, kSteps, kTokenTiles, kQuads>;
+  const auto kernel = router_kernel<kScoring, kWarps, kTiles, kSteps, kTokenTiles, kQuads>;
   constexpr size_t kBytes = kWarps * 16 * kTokenTiles * 8 * kTiles * sizeof(float);
   const int cluster = (p.num_experts + 8 * kTiles - 1) / (8 * kTiles);
   if (cluster > 8) {
@@ -166,23 +275,38 @@ cudaError_t router_variant(const GateParams& p, const SelectParams& s, const Sel
                            int steps, cudaStream_t stream) {
 #define CASE(W, T, S, Q)                                                                   \
   if (warps == W && tiles == T && steps == S && (p.num_experts + 127) / 128 == Q)          \
-    return p.num_tokens <= 16 ? launch_router<W, T, S, 1, Q>(p, s, o, stream) : launch_router<W, T, S, 2, Q>(p, s, o, stream);
+    return p.num_tokens <= 16 ? launch_router<Scoring::kSoftmax, W, T, S, 1, Q>(p, s, o, stream) : launch_router<Scoring::kSoftmax, W, T, S, 2, Q>(p, s, o, stream);
   CASE(16, 1, 4, 1) CASE(16, 2, 4, 1) CASE(8, 1, 4, 1) CASE(8, 1, 8, 1) CASE(16, 2, 2, 1)
-  CASE(16, 2, 4, 2) CASE(16, 2, 8, 2)
+  CASE(16, 2, 4, 2)
 #undef CASE
   return cudaErrorInvalidValue;
 }
 #endif
 
-cudaError_t router(const GateParams& p, const SelectParams& select, const SelectOutputs& out, cudaStream_t stream) {
-  if (p.num_tokens == 0) return cudaSuccess;
-  if (p.num_experts < kMinFusedExperts || p.num_experts > kMaxFusedExperts) return cudaErrorInvalidValue;
+namespace {
+
+template <Scoring kScoring>
+cudaError_t choose_router(const GateParams& p, const SelectParams& select, const SelectOutputs& out,
+                          cudaStream_t stream) {
+  const bool two = p.num_tokens > 16;  // tiles of 16 tokens
   if (p.num_experts > 128) {
-    return p.num_tokens <= 16 ? launch_router<16, 2, 4, 1, 2>(p, select, out, stream)
-                              : launch_router<16, 2, 4, 2, 2>(p, select, out, stream);
+    return two ? launch_router<kScoring, 16, 2, 4, 2, 2>(p, select, out, stream)
+               : launch_router<kScoring, 16, 2, 4, 1, 2>(p, select, out, stream);
   }
-  return p.num_tokens <= 16 ? launch_router<16, 1, 4, 1, 1>(p, select, out, stream)
-                            : launch_router<16, 1, 4, 2, 1>(p, select, out, stream);
+  return two ? launch_router<kScoring, 16, 1, 4, 2, 1>(p, select, out, stream)
+             : launch_router<kScoring, 16, 1, 4, 1, 1>(p, select, out, stream);
+}
+
+}  // namespace
+
+cudaError_t router(const GateParams& gate, const SelectParams& select, const SelectOutputs& out, cudaStream_t stream) {
+  if (gate.num_tokens == 0) return cudaSuccess;
+  if (gate.num_experts < kMinFusedExperts || gate.num_experts > kMaxFusedExperts) return cudaErrorInvalidValue;
+  switch (select.scoring) {
+    case Scoring::kSoftmax: return choose_router<Scoring::kSoftmax>(gate, select, out, stream);
+    case Scoring::kSigmoid: return choose_router<Scoring::kSigmoid>(gate, select, out, stream);
+    default: return cudaErrorInvalidValue;
+  }
 }
 
 }  // namespace vllm_b200

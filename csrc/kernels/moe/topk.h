@@ -13,25 +13,28 @@ enum class FloatType : int32_t { kFloat, kHalf, kBFloat16 };
 enum class IndexType : int32_t { kInt32, kInt64 };  // uint32 has the bits of int32
 
 // How vLLM's ops make scores of logits. Both sigmoids are the same function;
-// they differ in the last bits.
+// they differ in the last bits. The first two are those of topk_softmax and
+// topk_sigmoid, where scores that are NaN or Inf count as 0; the others those of
+// grouped_topk, where a NaN is the largest choice there is.
 enum class Scoring : int32_t {
   kSoftmax,
-  kSigmoid,      // 1 / (1 + exp(-x)), as in topk_sigmoid
-  kTanhSigmoid,  // tanh(x / 2) / 2 + 1 / 2, as in grouped_topk
+  kSigmoid,      // 1 / (1 + exp(-x))
+  kTanhSigmoid,  // tanh(x / 2) / 2 + 1 / 2
   kNone,
 };
+
+template <Scoring kScoring>
+constexpr bool kIsGrouped = kScoring >= Scoring::kTanhSigmoid;
 
 // What becomes of one row of logits. See vllm_b200_plugin/ops/topk.py.
 struct SelectParams {
   const void* bias;  // [num_experts] of bias_type, or null
   FloatType bias_type;
   Scoring scoring;
-  // Grouped selection, as in grouped_topk: every score counts as it is, NaN as
-  // the largest. Without: as in topk_softmax, NaN and Inf count as 0.
-  bool grouped;
   int32_t num_experts;
   int32_t topk;
-  int32_t num_groups;   // of 4, 8, 16 or 32 experts; 1 for no groups
+  int32_t num_groups;   // 1 for none
+  int32_t group_quads;  // a quarter of the experts in a group: 1, 2, 4 or 8
   int32_t topk_group;
   bool renormalize;
   double scale;
@@ -43,7 +46,7 @@ struct SelectOutputs {
   void* ids;
   IndexType id_type;
   int32_t* source_rows;    // or null: k * num_tokens + token
-  const bool* is_padding;  // or null: [num_tokens], rows to get id -1 and weight 0
+  const bool* is_padding;  // or null: [num_tokens], rows to get id -1
   int64_t num_tokens;
 };
 
