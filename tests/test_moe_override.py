@@ -181,9 +181,7 @@ def test_another_namespace_and_a_new_schema_are_refused_and_nothing_is_changed(o
     define_moe_ops(library, "CPU", lambda name, *args: calls.append(name), schema)
     with pytest.raises(FeatureUnavailable, match=f"topk_softmax of {ops.namespace} is ours for CPU already"):
         moe_ops.override(("topk_softmax",), namespace, "CPU")
-    with pytest.raises(
-        FeatureUnavailable, match=r"moe_sum takes \(input, output, new\) in this vLLM"
-    ):
+    with pytest.raises(FeatureUnavailable, match=r"moe_sum takes \(input, output, new\) in this vLLM"):
         moe_ops.override(("moe_sum",), namespace, "Meta")
     with pytest.raises(FeatureUnavailable, match="no op b200_none::moe_sum"):
         moe_ops.override(("moe_sum",), "b200_none", "Meta")

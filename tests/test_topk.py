@@ -212,7 +212,10 @@ def test_equal_to_vllm_on_a_million_rows(num_experts: int, selection: Selection,
         ({"selection": Selection(33)}, "topk: takes 1 to 32 of 128 experts, got 33"),
         ({"selection": Selection(8, num_groups=8)}, "num_groups: takes 1 with SOFTMAX, got 8"),
         ({"selection": Selection(8, topk_group=2)}, "topk_group: takes 1 of 1 group, got 2"),
-        ({"selection": Selection(8, Scoring.NONE, num_groups=8, topk_group=9)}, "topk_group: takes 1 to 8 of 8 groups, got 9"),
+        (
+            {"selection": Selection(8, Scoring.NONE, num_groups=8, topk_group=9)},
+            "topk_group: takes 1 to 8 of 8 groups, got 9",
+        ),
         (
             {"selection": Selection(8, Scoring.NONE, num_groups=6)},
             r"takes groups of \(4, 8, 16, 32\) experts, got 6 of 128",

@@ -11,8 +11,8 @@ topk_group best groups are candidates; ties to the lower group.
 
 What vLLM's kernels do beyond that, and ours with them:
 
-- SOFTMAX and SIGMOID (topk_softmax, topk_sigmoid): a score that is NaN or Inf counts as 0. So a row with a NaN gets experts
-  0 to topk - 1 at weight 0 from a softmax. A sum of 0 divides as 1.
+- SOFTMAX and SIGMOID (topk_softmax, topk_sigmoid): a score that is NaN or Inf counts as 0. So a row with a NaN gets
+  experts 0 to topk - 1 at weight 0 from a softmax. A sum of 0 divides as 1.
 - TANH_SIGMOID and NONE (grouped_topk): a NaN is the largest choice there is. The sum gets 1e-20 added.
 - Rows that are padding get expert -1; their weights are what the logits say.
 

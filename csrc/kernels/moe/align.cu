@@ -78,12 +78,6 @@ __device__ __forceinline__ int expert_of_id(const MoeAlignParams& p, int64_t i) 
   return expert >= 0 && expert < p.num_experts ? expert : p.num_experts;  // the last key: left out
 }
 
-#ifdef VLLM_B200_STAMPS
-__device__ long long stamps[32];
-#define STAMP(i) if (threadIdx.x == 0 && blockIdx.x == 0) stamps[i] = clock64();
-#else
-#define STAMP(i)
-#endif
 template <typename Id, int kBlockThreads>
 __global__ void __launch_bounds__(kBlockThreads) align_kernel(const __grid_constant__ MoeAlignParams p,
                                                              const int64_t ids_per_block, const bool stage) {
@@ -97,7 +91,6 @@ __global__ void __launch_bounds__(kBlockThreads) align_kernel(const __grid_const
   int32_t* local = next + keys;                  // [keys]: where the expert begins in `staged`
   int2* staged = reinterpret_cast<int2*>(shared + ((kWarps + 3) * keys + 1) / 2 * 2);  // (id, where it goes)
 
-  STAMP(0)
   pdl_trigger();
   cg::cluster_group cluster = cg::this_cluster();
   const int rank = cluster.block_rank(), blocks = cluster.num_blocks();
@@ -109,7 +102,6 @@ __global__ void __launch_bounds__(kBlockThreads) align_kernel(const __grid_const
   __syncthreads();
   pdl_wait();
 
-  STAMP(1)
   int expert[kItems], place[kItems];  // -1 for no id; rank in the warp
   int64_t warp_first = 0;
   // Ids [first, first + kTile): their experts, ranks, and the counts of every warp.
@@ -168,18 +160,14 @@ __global__ void __launch_bounds__(kBlockThreads) align_kernel(const __grid_const
   const int64_t thread = static_cast<int64_t>(rank) * kBlockThreads + tid, threads = blocks * kBlockThreads;
   fill(p.sorted_ids, p.max_sorted, static_cast<int32_t>(p.num_ids), thread, threads);
   fill(p.block_experts, p.max_blocks, -1, thread, threads);
-  STAMP(2)
   if (one_tile) {
     count_tile(begin);
-    STAMP(3)
     __syncthreads();
     sum_warps();
-    STAMP(4)
   } else {
     for (int64_t i = begin + tid; i < end; i += kBlockThreads) atomicAdd(&block_counts[expert_of_id<Id>(p, i)], 1);
   }
   barrier();
-  STAMP(5)
 
   scan(
       [&](int e) -> Offsets {
@@ -201,7 +189,6 @@ __global__ void __launch_bounds__(kBlockThreads) align_kernel(const __grid_const
         }
         if (e == p.num_experts - 1 && rank == 0) *p.num_sorted = (before.blocks + own.blocks) * p.block_size;
       });
-  STAMP(6)
   barrier();  // also: nobody reads another's counts any more
 
   for (int64_t first = begin; first < end; first += kTile) {
@@ -230,13 +217,11 @@ __global__ void __launch_bounds__(kBlockThreads) align_kernel(const __grid_const
         p.sorted_ids[next[e] + in_block] = i;
       }
     }
-    STAMP(7)
     if (stage) {
       __syncthreads();
       const int num_staged = local[p.num_experts - 1] + block_counts[p.num_experts - 1];
       for (int s = tid; s < num_staged; s += kBlockThreads) p.sorted_ids[staged[s].y] = staged[s].x;
     }
-    STAMP(8)
     if (one_tile) break;
     __syncthreads();
     for (int e = tid; e < p.num_experts; e += kBlockThreads) next[e] += block_counts[e];

@@ -181,12 +181,6 @@ namespace {
 
 // Every block adds up 8 * kTiles experts for all tokens and hands each token's
 // logits to the block that selects for it.
-#ifdef VLLM_B200_STAMPS
-__device__ long long rstamps[32];
-#define STAMP(i) if (threadIdx.x == 0 && blockIdx.x == 0) rstamps[i] = clock64();
-#else
-#define STAMP(i)
-#endif
 template <Scoring kScoring, int kWarps, int kTiles, int kSteps, int kTokenTiles, int kQuads>
 __global__ void __launch_bounds__(32 * kWarps) router_kernel(const __grid_constant__ GateParams p,
                                                             const __grid_constant__ SelectParams select,
@@ -196,7 +190,6 @@ __global__ void __launch_bounds__(32 * kWarps) router_kernel(const __grid_consta
   static_assert(kMaxTokens / kMinBlocks <= kWarps);
   extern __shared__ float partial[];  // [kWarps][kOutputs]
   __shared__ __align__(16) float logits[kMaxTokens / kMinBlocks * 128 * kQuads];  // [tokens of this block][128 * kQuads]
-  STAMP(0)
   pdl_trigger();
   cg::cluster_group cluster = cg::this_cluster();
   asm volatile("barrier.cluster.arrive.relaxed.aligned;");
@@ -208,21 +201,16 @@ __global__ void __launch_bounds__(32 * kWarps) router_kernel(const __grid_consta
   weights.load(p, first_expert, k, p.hidden_size);
   float bias[4 * kQuads];
   load_bias<kQuads>(select, bias);
-  STAMP(1)
   pdl_wait();
-  STAMP(2)
   float sum[kTokenTiles][kTiles][4] = {};
   gate_product(p, weights, k, p.hidden_size, sum);
   for (k += kWarps * kWarpK; k < p.hidden_size; k += kWarps * kWarpK) {
     weights.load(p, first_expert, k, p.hidden_size);
     gate_product(p, weights, k, p.hidden_size, sum);
   }
-  STAMP(3)
   store_partial(partial, sum);
   __syncthreads();
-  STAMP(4)
   asm volatile("barrier.cluster.wait.aligned;");  // all blocks run: their shared memory may be written
-  STAMP(5)
 
   for (int i = threadIdx.x; i < min(kOutputs, p.num_tokens * kColumns); i += 32 * kWarps) {
     const int token = i / kColumns, expert = first_expert + i % kColumns;
@@ -230,9 +218,7 @@ __global__ void __launch_bounds__(32 * kWarps) router_kernel(const __grid_consta
     const float value = store_logit(p, token, expert, sum_partials<kWarps>(partial, i, kOutputs));
     *cluster.map_shared_rank(logits + token / blocks * 128 * kQuads + expert, token % blocks) = value;
   }
-  STAMP(6)
   cluster.sync();
-  STAMP(7)
 
   const int token = warp * blocks + rank;
   if (token >= p.num_tokens) return;
@@ -246,9 +232,7 @@ __global__ void __launch_bounds__(32 * kWarps) router_kernel(const __grid_consta
   for (int j = 0; j < 4 * kQuads; ++j) {
     if (expert_of(lane, j) >= p.num_experts) x[j] = kBeyond<kScoring>;
   }
-  STAMP(8)
   select_row<kScoring, kQuads>(select, out, token, bias, x);
-  STAMP(9)
 }
 
 template <Scoring kScoring, int kWarps, int kTiles, int kSteps, int kTokenTiles, int kQuads>

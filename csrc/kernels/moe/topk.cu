@@ -12,30 +12,18 @@ namespace {
 
 constexpr int kMaxWarps = 4;
 
-#ifdef VLLM_B200_STAMPS
-__device__ long long tstamps[32];
-#define STAMP(i) if (threadIdx.x == 0 && blockIdx.x == 0) tstamps[i] = clock64();
-#else
-#define STAMP(i)
-#endif
 template <Scoring kScoring, int kQuads>
 __global__ void __launch_bounds__(32 * kMaxWarps) topk_kernel(const __grid_constant__ TopKParams p) {
-  STAMP(0)
   pdl_trigger();
   const int64_t token = static_cast<int64_t>(blockIdx.x) * (blockDim.x / 32) + threadIdx.x / 32;
   const int64_t bytes = p.logits_type == FloatType::kFloat ? 4 : 2;
   const void* row = static_cast<const char*>(p.logits) + token * p.stride * bytes;
   float bias[4 * kQuads], x[4 * kQuads];
   load_bias<kQuads>(p.select, bias);
-  STAMP(1)
   pdl_wait();
-  STAMP(2)
   if (token >= p.out.num_tokens) return;
   load_quads<kQuads>(row, p.logits_type, p.select.num_experts, kBeyond<kScoring>, x);
-  asm volatile("" ::"f"(x[0]));
-  STAMP(3)
   select_row<kScoring, kQuads>(p.select, p.out, token, bias, x);
-  STAMP(4)
 }
 
 template <Scoring kScoring, int kQuads>
