@@ -102,7 +102,7 @@ def test_what_ours_does_not_take_goes_to_the_original(ops, change):
     [(256, 8, 4, 8, 1), (256, 8, 4, 8, 0), (384, 1, 1, 8, 1), (512, 1, 1, 22, 1), (64, 8, 3, 6, 1)],
 )
 def test_grouped_topk(ops, num_experts, groups, kept, topk, scoring_func):
-    logits, bias = torch.randn(3, num_experts), torch.randn(num_experts)
+    logits, bias = torch.randn(512, num_experts), torch.randn(num_experts)
     weights, ids = ops.grouped_topk(logits, groups, kept, topk, True, 2.5, bias, scoring_func)
     scoring = Scoring.TANH_SIGMOID if scoring_func else Scoring.NONE
     expected = select_experts(logits, Selection(topk, scoring, True, 2.5, groups, kept), bias)
@@ -116,11 +116,22 @@ def test_grouped_topk(ops, num_experts, groups, kept, topk, scoring_func):
 )
 def test_grouped_topk_that_vllm_does_otherwise(ops, num_experts, groups, kept, topk):
     weights, ids = ops.grouped_topk(
-        torch.randn(3, num_experts), groups, kept, topk, True, 2.5, torch.randn(num_experts), 1
+        torch.randn(512, num_experts), groups, kept, topk, True, 2.5, torch.randn(num_experts), 1
     )
     [(name, seen)] = ops.original_calls
     assert name == "grouped_topk" and seen[1:6] == (groups, kept, topk, True, 2.5)
     assert weights.tolist() == [0] and ids.tolist() == [1]
+
+
+def test_sizes_at_which_vllm_is_as_fast_go_to_the_original(ops):
+    ops.grouped_topk(torch.randn(511, 256), 8, 4, 8, True, 2.5, torch.randn(256), 1)
+    for num_tokens in (65, 2047):
+        ids = torch.randint(64, (num_tokens, 8), dtype=torch.int32)
+        outputs = [torch.empty_like(t) for t in moe_align_block_size(ids, 64, 16)]
+        ops.moe_align_block_size(ids, 64, 16, *outputs, None, None)
+    ops.moe_sum(torch.randn(65, 2, 64), torch.empty(65, 64))
+    names = ["grouped_topk", "moe_align_block_size", "moe_align_block_size", "moe_sum"]
+    assert [name for name, _ in ops.original_calls] == names
 
 
 @pytest.mark.parametrize("mapped", [False, True])

@@ -87,6 +87,13 @@ def test_other_forms_of_the_gate(make, kwargs):
     torch.testing.assert_close(logits.float(), x.float() @ gate.weight.float().t() + bias, rtol=2e-2, atol=2e-2)
 
 
+def test_where_vllms_low_latency_kernel_is_faster_it_runs(make, monkeypatch):
+    gate = make[0](out_dtype=torch.float32)
+    gate.allow_ll_bf16_gemm = True
+    assert [gate._is_faster(n, torch.float32) for n in (1, 2, 3, 16, 17)] == [True, True, False, False, True]
+    assert gate._is_faster(3, torch.bfloat16)
+
+
 def test_a_gate_that_ours_does_not_take_stays_vllms(make):
     gate = make[0](num_experts=60, dtype=torch.float32)
     x = torch.randn(3, 256)
@@ -111,6 +118,16 @@ def test_the_router_takes_what_came_with_the_logits(make):
     many = hidden(40)
     selector.select_experts(many, gate(many)[0])
     assert calls == [5, 5, 5, 5, 40]
+
+
+@pytest.mark.parametrize("num_experts, num_tokens", [(128, 2), (264, 5)])
+def test_where_two_kernels_are_faster_the_experts_come_along_too(make, num_experts, num_tokens):
+    make_gate, router_class, calls = make
+    gate, selector, x = make_gate(num_experts=num_experts), router_class(8, num_experts), hidden(num_tokens)
+    first = selector.select_experts(x, gate(x)[0])
+    second = selector.select_experts(x, gate(x)[0])
+    assert calls == [num_tokens]
+    assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
 
 
 def test_a_gate_that_may_get_a_lora_hands_on_logits_alone(make):

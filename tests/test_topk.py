@@ -50,7 +50,7 @@ def test_it_is_the_definition(device: str, case: SelectCase) -> None:
     logits, bias = case.make_logits(device), case.make_bias(device)
     weights, ids = select_experts(logits, case.selection, bias)
     expected, expected_ids, clear = by_definition(case, logits, bias)
-    if case.dtype == torch.float32:
+    if case.dtype == torch.float32 and case.num_tokens > 4:
         assert clear.float().mean() > 0.5
     assert torch.equal(ids.cpu().long()[clear], expected_ids[clear])
     torch.testing.assert_close(weights.cpu().double()[clear], expected[clear], rtol=1e-5, atol=1e-9)

@@ -65,7 +65,7 @@ FEATURES: tuple[Feature, ...] = (
     ),
     Feature(
         name="router_gate",
-        changes="the gate of MoE layers up to 32 tokens, in one kernel with the selection of experts where possible",
+        changes="the gate of MoE layers up to 32 tokens, and the selection of experts with it where possible",
         needs="the CUDA library, compute capability 9.0, 10.0, 10.3 or 12.0; a bf16 gate without bias",
         module="vllm_b200_plugin.integration.router_gate",
         after="vllm.model_executor.layers.fused_moe.router.fused_topk_router",

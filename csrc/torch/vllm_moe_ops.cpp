@@ -27,6 +27,14 @@ std::vector<StableIValue> call_dispatcher(const char* op, const Args&... args) {
   return stack;
 }
 
+// Where ours is faster than vLLM's, in one run on an H200 with the ops called as
+// vLLM calls them. The grouped selection: 1.2 times from 1024 tokens on, slower
+// for few. The alignment: up to 512 ids and, with more blocks than vLLM's, from
+// 16384 on. The sum: up to 64 tokens, behind them both run at the memory's speed.
+constexpr int64_t kGroupedFromTokens = 512;
+constexpr int64_t kAlignUpToIds = 512, kAlignFromIds = 16384;
+constexpr int64_t kSumUpToTokens = 64;
+
 bool is_float(const Tensor& x) {
   const ScalarType type = x.scalar_type();
   return type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16;
@@ -90,6 +98,7 @@ bool grouped_fits(const Tensor& scores, int64_t num_groups, int64_t topk_group, 
     return false;
   }
   const int64_t num_experts = scores.size(1);
+  if (scores.size(0) < kGroupedFromTokens) return false;
   if (bias.numel() != num_experts || !selection_fits(num_experts, topk)) return false;
   if (num_groups == 1) return topk_group == 1 && (topk <= 8 || (topk == 22 && num_experts == 512));
   if (num_groups < 1 || topk_group < 1 || topk_group > std::min<int64_t>(4, num_groups) || num_experts % num_groups) {
@@ -121,7 +130,8 @@ void moe_align_block_size(Tensor topk_ids, int64_t num_experts, int64_t block_si
                           OptionalTensor scatter_ids) {
   const int64_t num_ids = topk_ids.numel();
   const ScalarType id_type = topk_ids.scalar_type();
-  bool fits = (id_type == ScalarType::Int || id_type == ScalarType::Long) && topk_ids.is_contiguous() &&
+  bool fits = (num_ids <= kAlignUpToIds || num_ids >= kAlignFromIds) &&
+              (id_type == ScalarType::Int || id_type == ScalarType::Long) && topk_ids.is_contiguous() &&
               num_experts >= 1 && num_experts <= kMaxAlignedExperts && block_size >= 1 && block_size <= (1 << 20) &&
               num_ids < (int64_t{1} << 30) && is_int32(sorted_ids) && is_int32(block_experts) && is_int32(num_sorted) &&
               num_sorted.numel() == 1 && is_int32(expert_map) && is_int32(scatter_ids);
@@ -169,7 +179,7 @@ void moe_sum(Tensor x, Tensor out, OptionalTensor topk_ids, OptionalTensor exper
   bool fits = x.dim() == 3 && is_float(x) && out.scalar_type() == x.scalar_type() && out.is_contiguous();
   if (fits) {
     const int64_t vector = 16 / static_cast<int64_t>(x.element_size());
-    fits = x.size(1) > 0 && x.numel() > 0 && out.numel() == x.size(0) * x.size(2) && x.size(2) % vector == 0 &&
+    fits = x.size(0) <= kSumUpToTokens && x.size(1) > 0 && x.numel() > 0 && out.numel() == x.size(0) * x.size(2) && x.size(2) % vector == 0 &&
            x.stride(2) == 1 && x.stride(0) % vector == 0 && x.stride(1) % vector == 0 &&
            reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0 &&
            reinterpret_cast<uintptr_t>(out.data_ptr()) % 16 == 0 && is_int32(expert_map) && (topk_ids || !expert_map);

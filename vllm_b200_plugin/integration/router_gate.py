@@ -1,5 +1,5 @@
 """Feature router_gate: the router of MoE layers for few tokens, the gate and, where vLLM's runner lets it, with it the
-selection of experts in one kernel.
+selection of experts, in one kernel or in two that overlap.
 
 The gate is vLLM's GateLinear, replaced through vLLM's registry of pluggable layers. It hands its router the experts of
 every token along with the logits, as an attribute of the tensor: vLLM's runner calls the gate and the router one after
@@ -18,7 +18,7 @@ from vllm_b200_plugin.features import NotForThisPlatform
 from vllm_b200_plugin.integration import library, report
 from vllm_b200_plugin.ops import router as router_ops
 from vllm_b200_plugin.ops._library import torch_library
-from vllm_b200_plugin.ops.topk import Scoring, Selection
+from vllm_b200_plugin.ops.topk import Scoring, Selection, select_experts
 
 _LAYER_KIND = "MoE router gate"
 _CARRIED, _GATE = "_b200_selected", "_b200_gate"
@@ -59,7 +59,7 @@ class B200GateLinear(_Base):
         config = vllm_compat.CURRENT_CONFIG.get()()
         self._may_carry = config is not None and config.lora_config is None
         kernel = "our gate up to 32 tokens" if problem is None else "vLLM's GateLinear"
-        report.chosen(_LAYER_KIND, kernel, problem or dispatch.gate(*self.weight.shape).reason)
+        report.chosen(_LAYER_KIND, kernel, problem or "{}x{} bfloat16".format(*self.weight.shape))
 
     def forward(self, x: torch.Tensor) -> Any:
         """x [num_tokens, hidden_size] -> logits [num_tokens, num_experts], with None where vLLM wants a bias."""
@@ -69,7 +69,7 @@ class B200GateLinear(_Base):
         if torch.compiler.is_compiling():
             # What is traced must not depend on the number of tokens.
             return self._in_vllm_form(torch.ops.vllm_b200.gate_linear(x, self.weight, out_dtype))
-        if _takes(x, self.weight, out_dtype):
+        if _takes(x, self.weight, out_dtype) and self._is_faster(x.shape[0], out_dtype):
             logits = self._route(x, out_dtype)
             result = self._in_vllm_form(logits)
         else:
@@ -79,32 +79,37 @@ class B200GateLinear(_Base):
             setattr(logits, _GATE, self)
         return result
 
-    def wanted_by(self, consumer: Consumer) -> None:
-        """From now on the router's selection is made along with the logits, where one kernel can do both."""
-        self._consumer = consumer
-        num_experts, hidden_size = self.weight.shape
-        choice = dispatch.fused_router(num_experts, hidden_size)
-        if choice.kernel != dispatch.ROUTER or router_ops.fused_refusal(num_experts, consumer.selection):
-            self._consumer = None
-        report.chosen(
-            "MoE gate and selection",
-            "one kernel up to 32 tokens" if self._consumer else "two kernels",
-            choice.reason,
+    def _is_faster(self, num_tokens: int, out_dtype: torch.dtype) -> bool:
+        """Whether ours is, the gate alone or with the selection in one kernel, than what vLLM would run."""
+        low_latency = (
+            out_dtype == torch.float32
+            and getattr(self, "allow_ll_bf16_gemm", False)
+            and num_tokens <= self.LL_BF16_MAX_TOKENS
         )
+        num_experts, hidden_size = self.weight.shape
+        fused = self._consumer and dispatch.fused_router(num_tokens, num_experts, hidden_size).kernel == dispatch.ROUTER
+        return bool(fused) or dispatch.gate(num_tokens, num_experts, hidden_size, low_latency).kernel == dispatch.GATE
+
+    def wanted_by(self, consumer: Consumer) -> None:
+        """From now on the router's selection is made along with the logits."""
+        num_experts, hidden_size = self.weight.shape
+        problem = consumer.selection.refusal(num_experts)
+        self._consumer = consumer if problem is None else None
+        reason = problem or dispatch.fused_router(router_ops.MAX_TOKENS, num_experts, hidden_size).reason
+        report.chosen("MoE selection behind the gate", "ours" if problem is None else "the router's own", reason)
 
     def _route(self, x: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
         consumer = self._consumer
         if consumer is None:
             return router_ops.router_gate(x, self.weight, out_dtype, pdl=True)
-        logits, weights, ids = router_ops.router(
-            x,
-            self.weight,
-            consumer.selection,
-            logits_dtype=out_dtype,
-            ids_dtype=consumer.ids_dtype,
-            is_padding=_padding_mask(x.shape[0]),
-            pdl=True,
-        )
+        selection = consumer.selection
+        extra = {"ids_dtype": consumer.ids_dtype, "is_padding": _padding_mask(x.shape[0]), "pdl": True}
+        choice = dispatch.fused_router(x.shape[0], *self.weight.shape)
+        if choice.kernel == dispatch.ROUTER and router_ops.fused_refusal(self.weight.shape[0], selection) is None:
+            logits, weights, ids = router_ops.router(x, self.weight, selection, logits_dtype=out_dtype, **extra)
+        else:
+            logits = router_ops.router_gate(x, self.weight, out_dtype, pdl=True)
+            weights, ids = select_experts(logits, selection, **extra)
         setattr(logits, _CARRIED, Selected(consumer.router, weights, ids))
         return logits
 
