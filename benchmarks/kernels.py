@@ -25,6 +25,7 @@ from benchmarks.families import (
     moe_align,
     moe_sum,
     rms_norm_quant,
+    router,
     silu_quant,
     token_quant,
     topk,
@@ -47,6 +48,7 @@ FAMILIES: dict[str, ModuleType] = {
         fp8_block_linear,
         moe_align,
         topk,
+        router,
         moe_sum,
         fused_experts,
     )

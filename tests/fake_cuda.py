@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fake_moe_ops import define_moe_ops
 
 FLAGS = ", bool scale_ue8m0, bool dummy_is_scale_transposed, bool dummy_is_tma_aligned"
 ARCHS = ("90a", "100a", "103a", "120a")
@@ -82,7 +83,6 @@ def pretend(
 
     status = _library.LibraryStatus(Path("_C.abi3.so"), library, "" if library else "was not built", ARCHS)
     _library.status = lambda: status  # type: ignore[assignment]
-    _library.override_quant_ops = lambda namespace, dispatch_key: None  # type: ignore[assignment]
     _library.override_op = lambda namespace, op, dispatch_key: None  # type: ignore[assignment]
 
 
@@ -105,7 +105,6 @@ def _define_ops(capability: tuple[int, int]) -> None:
         lib.define(f"{name}(int cuda_device_capability) -> bool")
         lib.impl(name, lambda cc, minimum=minimum: cc >= minimum, "CompositeExplicitAutograd")
     define_quant_ops(lib, "CUDA", lambda *args: None)
-    _kept.append(lib)
     for namespace, schemas in (("_C", MEMORY_OPS), ("_C_cache_ops", CACHE_OPS)):
         fragment = torch.library.Library(namespace, "FRAGMENT")
         for schema in schemas:
@@ -114,6 +113,9 @@ def _define_ops(capability: tuple[int, int]) -> None:
                 fragment.define(schema)
             fragment.impl(name, lambda *args: None, "CUDA")
         _kept.append(fragment)
+    moe_lib = torch.library.Library("_moe_C", "FRAGMENT")
+    define_moe_ops(moe_lib, "CUDA", lambda *args: None)
+    _kept.extend((lib, moe_lib))
 
 
 def define_quant_ops(

@@ -12,7 +12,7 @@ import torch
 from benchmarks import families
 from benchmarks.cases.gemm import GemmCase
 from benchmarks.cases.kv_cache import KvCacheCase
-from benchmarks.cases.moe import FusedExpertsCase, MoeAlignCase, MoeSumCase, TopKCase
+from benchmarks.cases.moe import FusedExpertsCase, MoeAlignCase, MoeSumCase, RouterCase, TopKCase
 from benchmarks.cases.quant import GroupQuantCase
 from benchmarks.cases.rms_norm_quant import RmsNormQuantCase
 from benchmarks.cases.silu_quant import MaskedSiluQuantCase, SiluQuantCase
@@ -23,6 +23,7 @@ from vllm_b200_plugin.ops.gemm import fp8_block_scaled_mm
 from vllm_b200_plugin.ops.moe import fp8_block_scaled_moe
 from vllm_b200_plugin.ops.quant import ScaleLayout, per_token_group_quant
 from vllm_b200_plugin.ops.token_quant import per_token_quant
+from vllm_b200_plugin.ops.topk import select_experts
 
 RECORD_KEYS = {"m", "n", "k", "dtype", "layout", "bytes", "flops"}
 GEMM = GemmCase(3, 192, 256)  # a weight whose last block of rows is a half one
@@ -43,6 +44,7 @@ SMALL: dict[str, list[Any]] = {
     "fp8_block_linear": [GEMM],
     "moe_align": [MoeAlignCase(3, 64, 16), MoeAlignCase(40, 16, 64)],
     "topk": [TopKCase(9, 128), TopKCase(9, 256, 8, 4)],
+    "router": [RouterCase(3, 64, 128), RouterCase(3, 64, 128, 8, 4)],
     "moe_sum": [MoeSumCase(3, 64)],
     "fused_experts": [FusedExpertsCase(2, 16, 256, 128)],
 }
@@ -297,6 +299,13 @@ def _naive_topk(family: ModuleType, case: TopKCase) -> tuple[torch.Tensor, ...]:
         all_weights.append([scores[e] * factor for e in ids])
         all_ids.append(ids)
     return torch.tensor(all_weights), torch.tensor(all_ids, dtype=torch.int32)
+
+
+def _naive_router(family: ModuleType, case: RouterCase) -> tuple[torch.Tensor, ...]:
+    x, weight, bias = family._inputs(case, 0)
+    logits = (x.double() @ weight.double().t()).float()
+    selection = family.topk_family.selection(family._top_k_case(case))
+    return logits, *select_experts(logits, selection, bias)
 
 
 def _naive_moe_sum(family: ModuleType, case: MoeSumCase) -> tuple[torch.Tensor, ...]:

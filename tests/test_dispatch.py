@@ -68,6 +68,30 @@ def test_fp8_block_gemm(num_tokens, capability, flashinfer, batch_invariant, ker
     assert choice.reason
 
 
+@pytest.mark.parametrize(
+    "num_tokens, shape, kernel, words",
+    [
+        (1, (128, 2048), dispatch.GATE, "1 tokens, below 3"),
+        (3, (128, 2048), dispatch.ROUTER, "one kernel from 3 tokens on"),
+        (32, (64, 2048), dispatch.ROUTER, "one kernel"),
+        (8, (256, 7168), dispatch.GATE, "3670016 bytes of weight are too much"),
+        (8, (384, 512), dispatch.GATE, "32 to 256 experts, got 384"),
+    ],
+)
+def test_fused_router(num_tokens, shape, kernel, words):
+    choice = dispatch.fused_router(num_tokens, *shape)
+    assert choice.kernel == kernel
+    assert words in choice.reason
+
+
+def test_gate():
+    assert dispatch.gate(16, 256, 7168).kernel == dispatch.GATE
+    assert dispatch.gate(1, 128, 4096, low_latency=True).kernel == dispatch.GATE
+    for num_tokens, hidden_size in ((3, 2048), (1, 7168)):
+        choice = dispatch.gate(num_tokens, 128, hidden_size, low_latency=True)
+        assert choice.kernel == VLLM and "low-latency kernel" in choice.reason
+
+
 def test_imports_no_vllm():
     code = "import sys, vllm_b200_plugin.dispatch; print('vllm' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

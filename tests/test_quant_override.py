@@ -181,7 +181,7 @@ def test_another_namespace_is_refused_and_keeps_its_kernels(ops):
     library = torch.library.Library(namespace, "FRAGMENT")
     calls = []
     define_quant_ops(library, "CPU", lambda name, *args: calls.append(name))
-    with pytest.raises(FeatureUnavailable, match=f"the ops of {ops.namespace} are ours for CPU already"):
+    with pytest.raises(FeatureUnavailable, match=f"{ops.namespace}::per_token_group_fp8_quant is ours for CPU already"):
         quant_ops.override(namespace, "CPU")
     x = torch.randn(2, 128)
     getattr(torch.ops, namespace).per_token_group_quant_int8(x, *outputs(x, 1, torch.int8), 128, 1e-10, -128.0, 127.0)

@@ -12,6 +12,8 @@ FLASHINFER_SWAP_AB = "flashinfer_swap_ab"
 CUTLASS = "cutlass"
 TRITON = "triton"
 REFERENCE = "reference"  # in PyTorch, on CPU
+GATE = "gate"  # our gate of MoE layers, for few tokens
+ROUTER = "router"  # the gate with the selection of experts, in one kernel
 VLLM = "vllm"  # none of ours: vLLM goes on through its own list
 
 GROUP_SIZE = 128
@@ -106,3 +108,44 @@ def fp8_block_gemm(num_tokens: int, capability: tuple[int, int], *, flashinfer: 
     if num_tokens >= SWAP_AB_BELOW:
         return Choice(DEEP_GEMM, f"{num_tokens} tokens, DeepGEMM is faster from {SWAP_AB_BELOW} on")
     return Choice(FLASHINFER_SWAP_AB, f"{num_tokens} tokens, below {SWAP_AB_BELOW}")
+
+
+# Of the fused router, which one cluster runs. On an H200 its time grows with the weight, which 16 SMs read: with 0.5 MB
+# it takes 3.5 us for 4 tokens where gate and selection take 4.2, with 1 MB 5.3 against 4.7. Up to 2 tokens the gate on
+# its own is so fast that the two kernels win, 3.0 against 3.5.
+FUSED_ROUTER_BYTES = 1 << 19
+FUSED_ROUTER_FROM = 3
+
+
+# vLLM's low-latency kernel for fp32 logits, up to 16 tokens: on an H200 slower than ours for one token with up to 4096
+# columns (128x2048 1.84 us against 1.42, 128x4096 1.93 against 1.88), faster with 7168 (2.7 us against 3.0; 3.9 against
+# 5.0 for 16 tokens).
+LOW_LATENCY_GATE_FROM = 3
+LOW_LATENCY_GATE_COLUMNS = 4096
+
+
+def gate(num_tokens: int, num_experts: int, hidden_size: int, low_latency: bool = False) -> Choice:
+    """The gate of an MoE layer, bf16 [num_experts, hidden_size], for up to 32 tokens.
+
+    Args:
+        num_tokens: rows of the activation.
+        num_experts, hidden_size: of the weight.
+        low_latency: whether vLLM would run its low-latency kernel.
+    """
+    shape = f"{num_experts}x{hidden_size} bfloat16"
+    if low_latency and (num_tokens >= LOW_LATENCY_GATE_FROM or hidden_size > LOW_LATENCY_GATE_COLUMNS):
+        return Choice(VLLM, f"{shape}, {num_tokens} tokens: vLLM's low-latency kernel is as fast or faster")
+    return Choice(GATE, f"{shape}, {num_tokens} tokens")
+
+
+def fused_router(num_tokens: int, num_experts: int, hidden_size: int) -> Choice:
+    """Whether the gate, bf16 [num_experts, hidden_size], and the selection of experts go in one kernel."""
+    if not 32 <= num_experts <= 256:
+        return Choice(GATE, f"two kernels: one cluster takes 32 to 256 experts, got {num_experts}")
+    if 2 * num_experts * hidden_size > FUSED_ROUTER_BYTES:
+        return Choice(
+            GATE, f"two kernels: {2 * num_experts * hidden_size} bytes of weight are too much for one cluster"
+        )
+    if num_tokens < FUSED_ROUTER_FROM:
+        return Choice(GATE, f"two kernels: {num_tokens} tokens, below {FUSED_ROUTER_FROM}")
+    return Choice(ROUTER, f"one kernel from {FUSED_ROUTER_FROM} tokens on, else two")

@@ -78,6 +78,27 @@ FEATURES: tuple[Feature, ...] = (
         after="vllm._custom_ops",
     ),
     Feature(
+        name="topk_ops",
+        changes="vLLM's own ops that choose a token's experts (softmax, sigmoid, grouped), wherever vLLM calls them",
+        needs="the CUDA library, compute capability 9.0, 10.0, 10.3 or 12.0",
+        module="vllm_b200_plugin.integration.topk_ops",
+        after="vllm._custom_ops",
+    ),
+    Feature(
+        name="moe_align_ops",
+        changes="vLLM's own ops that sort tokens by expert and sum over a token's experts, wherever vLLM calls them",
+        needs="the CUDA library, compute capability 9.0, 10.0, 10.3 or 12.0",
+        module="vllm_b200_plugin.integration.moe_align_ops",
+        after="vllm._custom_ops",
+    ),
+    Feature(
+        name="router_gate",
+        changes="the gate of MoE layers up to 32 tokens, and the selection of experts with it where possible",
+        needs="the CUDA library, compute capability 9.0, 10.0, 10.3 or 12.0; a bf16 gate without bias",
+        module="vllm_b200_plugin.integration.router_gate",
+        after="vllm.model_executor.layers.fused_moe.router.fused_topk_router",
+    ),
+    Feature(
         name="cpu_fp8_moe",
         changes="FP8 block-scaled experts on CPU: the reference with real W8A8 arithmetic, on any processor",
         needs="vLLM's CPU platform",

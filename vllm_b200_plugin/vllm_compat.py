@@ -164,6 +164,50 @@ CPU_FP8_EXPERTS = Private(
     "documented base classes",
 )
 
+_ROUTER = "vllm.model_executor.layers.fused_moe.router"
+_FUSED_ROUTER = "a router that gets the hidden states and the gate, instead of logits"
+CURRENT_CONFIG = Private(
+    "vllm.config.vllm",
+    "get_current_vllm_config_or_none",
+    "function: the configuration of the model that is being made",
+    "a gate that may get a LoRA hands on logits alone",
+    "-",
+)
+GATE_LINEAR = Private(
+    f"{_ROUTER}.gate_linear", "GateLinear", "the gate of MoE layers", "base of ours", "documented base classes"
+)
+PLUGGABLE_LAYER = Private(
+    "vllm.model_executor.custom_op", "PluggableLayer", "base class of replaceable layers", "to replace the gate", "-"
+)
+PLUGGABLE_LAYERS = Private(
+    "vllm.model_executor.custom_op",
+    "op_registry_oot",
+    "dict of in-tree class name -> class to make instead",
+    "to see whether the gate is ours already",
+    "a registration that may be repeated",
+)
+UNQUANTIZED_LINEAR = Private(
+    "vllm.model_executor.layers.linear",
+    "UnquantizedLinearMethod",
+    "how a linear layer without quantisation multiplies",
+    "to leave quantised gates alone",
+    "-",
+)
+FUSED_TOPK_ROUTER = Private(
+    f"{_ROUTER}.fused_topk_router",
+    "FusedTopKRouter",
+    "router by softmax or sigmoid; _compute_routing makes weights and ids of logits",
+    "to take those that our gate made along with the logits",
+    _FUSED_ROUTER,
+)
+PADDING_MASK = Private(
+    f"{_ROUTER}.fused_topk_router",
+    "_get_padding_mask",
+    "function: which of the rows of this forward pass are padding, or None",
+    "our gate selects for the router, which asks it",
+    _FUSED_ROUTER,
+)
+
 # Arguments of vLLM's CUDA ops that we stand in for, as their schemas name them. Needed until vLLM chooses quantisation
 # kernels through a registry.
 QUANT_OPS = {
@@ -191,7 +235,59 @@ QUANT_OPS = {
     "per_token_group_quant_int8": ("input", "output_q", "output_s", "group_size", "eps", "int8_min", "int8_max"),
 }
 
-
+# The same, until vLLM chooses the kernels of its MoE layers' routing and bookkeeping through a registry.
+TOPK_OPS = {
+    "topk_softmax": (
+        "topk_weights",
+        "topk_indices",
+        "token_expert_indices",
+        "gating_output",
+        "renormalize",
+        "bias",
+        "is_padding",
+    ),
+    "topk_sigmoid": (
+        "topk_weights",
+        "topk_indices",
+        "token_expert_indices",
+        "gating_output",
+        "renormalize",
+        "bias",
+        "routed_scaling_factor",
+        "is_padding",
+    ),
+    "grouped_topk": (
+        "scores",
+        "n_group",
+        "topk_group",
+        "topk",
+        "renormalize",
+        "routed_scaling_factor",
+        "bias",
+        "scoring_func",
+    ),
+}
+MOE_ALIGN_OPS = {
+    "moe_align_block_size": (
+        "topk_ids",
+        "num_experts",
+        "block_size",
+        "sorted_token_ids",
+        "experts_ids",
+        "num_tokens_post_pad",
+        "maybe_expert_map",
+        "scatter_idx",
+    ),
+    "batched_moe_align_block_size": (
+        "max_tokens_per_batch",
+        "block_size",
+        "expert_num_tokens",
+        "sorted_token_ids",
+        "experts_ids",
+        "num_tokens_post_pad",
+    ),
+    "moe_sum": ("input", "output", "topk_ids", "expert_map"),
+}
 TOKEN_QUANT_OPS = {
     "dynamic_per_token_scaled_fp8_quant": ("result", "input", "scale", "scale_ub"),
     "dynamic_scaled_int8_quant": ("result", "input", "scale", "azp"),

@@ -52,6 +52,30 @@ class TopKCase:
 
 
 @dataclass(frozen=True)
+class RouterCase:
+    """Choosing TOP_K experts from the hidden states of few tokens."""
+
+    num_tokens: int
+    num_experts: int
+    hidden_size: int
+    num_groups: int = 1
+    num_groups_kept: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.num_tokens}x{self.num_experts}x{self.hidden_size}-{self.layout_name}"
+
+    @property
+    def layout_name(self) -> str:
+        return f"groups{self.num_groups}of{self.num_groups_kept}" if self.num_groups > 1 else "softmax"
+
+    @property
+    def num_bytes(self) -> int:
+        """bf16 hidden states and weight in, fp32 logits and weights and 32-bit ids out."""
+        experts, tokens = self.num_experts, self.num_tokens
+        return 2 * (experts + tokens) * self.hidden_size + 4 * tokens * (experts + 2 * TOP_K)
+
+
+@dataclass(frozen=True)
 class MoeSumCase:
     """The sum of a token's TOP_K expert outputs."""
 
@@ -96,6 +120,7 @@ class FusedExpertsCase:
 
 ALIGN_NUM_TOKENS = (1, 16, 256, 1024, 4096, 16384)
 TOP_K_NUM_TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384)
+ROUTER_NUM_TOKENS = (1, 2, 4, 8, 16, 32)
 SUM_NUM_TOKENS = (1, 16, 256, 4096)
 EXPERTS_NUM_TOKENS = (1, 2, 4, 8, 16, 64)
 
@@ -109,6 +134,13 @@ def top_k_benchmarks() -> Iterator[TopKCase]:
     for num_tokens in TOP_K_NUM_TOKENS:
         yield TopKCase(num_tokens, 128)  # Qwen3-30B-A3B
         yield TopKCase(num_tokens, 256, 8, 4)  # DeepSeek-V3
+
+
+def router_benchmarks() -> Iterator[RouterCase]:
+    for num_tokens in ROUTER_NUM_TOKENS:
+        yield RouterCase(num_tokens, 128, 2048)  # Qwen3-30B-A3B
+        yield RouterCase(num_tokens, 128, 4096)  # Qwen3-235B-A22B
+        yield RouterCase(num_tokens, 256, 7168, 8, 4)  # DeepSeek-V3
 
 
 def sum_benchmarks() -> Iterator[MoeSumCase]:

@@ -1,4 +1,4 @@
-"""Sorting routed tokens by expert into padded blocks: vLLM's CUDA op, and sorting in PyTorch."""
+"""Sorting routed tokens by expert into padded blocks: ours, vLLM's CUDA op, and sorting in PyTorch."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,6 +9,7 @@ from benchmarks import families
 from benchmarks.cases.moe import TOP_K, MoeAlignCase, align_benchmarks
 from benchmarks.families import Run
 from benchmarks.families._common import generator, peer, verdict
+from vllm_b200_plugin.ops import moe_align as _  # noqa: F401  registers our op
 
 OP = "moe_align"
 cases = align_benchmarks
@@ -39,6 +40,16 @@ def _outputs(case: MoeAlignCase) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
     if routed < case.num_experts:
         room = min(room, routed * block)
     return tuple(torch.empty(size, dtype=torch.int32, device=families.device) for size in (room, -(-room // block), 1))
+
+
+def ours(case: MoeAlignCase, seed: int, pdl: bool = True) -> Run:
+    op, ids, outputs = torch.ops.vllm_b200.moe_align_block_size, _ids(case, seed), _outputs(case)
+    return Run(lambda: op(ids, case.num_experts, case.block_size, *outputs, None, None, pdl), outputs)
+
+
+def ours_no_pdl(case: MoeAlignCase, seed: int) -> Run:
+    """As vLLM's op runs it, which knows nothing of the kernel before."""
+    return ours(case, seed, pdl=False)
 
 
 def vllm(case: MoeAlignCase, seed: int) -> Run:
@@ -74,7 +85,12 @@ def _align(
     num_sorted.copy_(ends[-1:])
 
 
-IMPLEMENTATIONS: dict[str, Callable[[MoeAlignCase, int], Run]] = {"vllm": vllm, "torch": torch_sort}
+IMPLEMENTATIONS: dict[str, Callable[[MoeAlignCase, int], Run]] = {
+    "ours": ours,
+    "ours_no_pdl": ours_no_pdl,
+    "vllm": vllm,
+    "torch": torch_sort,
+}
 
 
 def check(case: MoeAlignCase, seed: int, outputs: tuple[torch.Tensor, ...]) -> tuple[bool, dict[str, Any]]:

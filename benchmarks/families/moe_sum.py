@@ -1,4 +1,4 @@
-"""The sum of a token's expert outputs: vLLM's CUDA op and PyTorch's."""
+"""The sum of a token's expert outputs: ours, vLLM's CUDA op and PyTorch's."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,6 +9,7 @@ from benchmarks import families
 from benchmarks.cases.moe import TOP_K, MoeSumCase, sum_benchmarks
 from benchmarks.families import Run
 from benchmarks.families._common import error_of, generator, normal, peer, verdict
+from vllm_b200_plugin.ops import moe_sum as _  # noqa: F401  registers our op
 
 OP = "moe_sum"
 cases = sum_benchmarks
@@ -34,6 +35,16 @@ def _output(case: MoeSumCase) -> torch.Tensor:
     return torch.empty(case.num_tokens, case.hidden_size, dtype=torch.bfloat16, device=families.device)
 
 
+def ours(case: MoeSumCase, seed: int, pdl: bool = True) -> Run:
+    op, x, out = torch.ops.vllm_b200.moe_sum, _input(case, seed), _output(case)
+    return Run(lambda: op(x, out, None, None, pdl), (out,))
+
+
+def ours_no_pdl(case: MoeSumCase, seed: int) -> Run:
+    """As vLLM's op runs it, which knows nothing of the kernel before."""
+    return ours(case, seed, pdl=False)
+
+
 def vllm(case: MoeSumCase, seed: int) -> Run:
     op = peer("vllm._custom_ops", "moe_sum")
     x, out = _input(case, seed), _output(case)
@@ -45,7 +56,12 @@ def torch_sum(case: MoeSumCase, seed: int) -> Run:
     return Run(lambda: torch.sum(x, dim=1, out=out), (out,))
 
 
-IMPLEMENTATIONS: dict[str, Callable[[MoeSumCase, int], Run]] = {"vllm": vllm, "torch": torch_sum}
+IMPLEMENTATIONS: dict[str, Callable[[MoeSumCase, int], Run]] = {
+    "ours": ours,
+    "ours_no_pdl": ours_no_pdl,
+    "vllm": vllm,
+    "torch": torch_sum,
+}
 
 
 def check(case: MoeSumCase, seed: int, outputs: tuple[torch.Tensor, ...]) -> tuple[bool, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Choosing experts from router logits: vLLM's CUDA ops, FlashInfer's, and PyTorch's."""
+"""Choosing experts from router logits: ours, vLLM's CUDA ops, FlashInfer's, and PyTorch's."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,6 +9,7 @@ from benchmarks import families
 from benchmarks.cases.moe import TOP_K, TopKCase, top_k_benchmarks
 from benchmarks.families import Missing, Run
 from benchmarks.families._common import Returned, error_of, generator, peer, verdict
+from vllm_b200_plugin.ops.topk import Scoring, Selection
 
 OP = "topk"
 ROUTED_SCALE = 2.5
@@ -39,6 +40,26 @@ def _outputs(case: TopKCase) -> tuple[torch.Tensor, torch.Tensor]:
     shape = (case.num_tokens, TOP_K)
     weights = torch.empty(shape, device=families.device)
     return weights, torch.empty(shape, dtype=torch.int32, device=families.device)
+
+
+def selection(case: TopKCase) -> Selection:
+    """What the case asks for, in the arithmetic of vLLM's ops."""
+    if not case.grouped:
+        return Selection(TOP_K)
+    groups = case.num_groups, case.num_groups_kept
+    return Selection(TOP_K, Scoring.TANH_SIGMOID, True, ROUTED_SCALE, *groups)
+
+
+def ours(case: TopKCase, seed: int, pdl: bool = True) -> Run:
+    (logits, bias), (weights, ids) = _inputs(case, seed), _outputs(case)
+    op, rule = torch.ops.vllm_b200.topk, selection(case).schema_values()
+    inputs = (bias if case.grouped else None), None
+    return Run(lambda: op(logits, weights, ids, None, *rule, *inputs, pdl), (weights, ids))
+
+
+def ours_no_pdl(case: TopKCase, seed: int) -> Run:
+    """As vLLM's ops run it, which know nothing of the kernel before."""
+    return ours(case, seed, pdl=False)
 
 
 def vllm(case: TopKCase, seed: int) -> Run:
@@ -90,6 +111,8 @@ def _scores(
 
 
 IMPLEMENTATIONS: dict[str, Callable[[TopKCase, int], Run]] = {
+    "ours": ours,
+    "ours_no_pdl": ours_no_pdl,
     "vllm": vllm,
     "flashinfer": flashinfer,
     "torch": torch_topk,

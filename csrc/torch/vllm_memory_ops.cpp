@@ -10,6 +10,7 @@
 #include "checks.h"
 #include "dispatcher.h"
 #include "memory_ops.h"
+#include "overrides.h"
 
 namespace vllm_b200 {
 namespace {
@@ -257,13 +258,6 @@ void concat_and_cache_mla(Tensor kv_c, Tensor k_pe, Tensor kv_cache, Tensor slot
   call_dispatcher("vllm_b200::vllm_concat_and_cache_mla", kv_c, k_pe, kv_cache, slot_mapping, kv_cache_dtype, scale);
 }
 
-using Boxed = void (*)(StableIValue*, uint64_t, uint64_t);
-struct Override {
-  const char* op;
-  Boxed kernel;
-};
-
-#define VLLM_B200_OVERRIDE(op) {#op, TORCH_BOX(&vllm_b200::op)}
 constexpr Override kOverrides[] = {
     VLLM_B200_OVERRIDE(dynamic_per_token_scaled_fp8_quant),
     VLLM_B200_OVERRIDE(dynamic_scaled_int8_quant),
@@ -278,23 +272,9 @@ constexpr Override kOverrides[] = {
     VLLM_B200_OVERRIDE(reshape_and_cache_flash),
     VLLM_B200_OVERRIDE(concat_and_cache_mla),
 };
-#undef VLLM_B200_OVERRIDE
 
 }  // namespace
-}  // namespace vllm_b200
 
-// Put ours before the kernel that `op` of `op_namespace` has for `dispatch_key`; 1 where we have none. The op
-// vllm_b200::vllm_<op> has to lead to that kernel.
-extern "C" __attribute__((visibility("default"))) int vllm_b200_override_op(const char* op_namespace, const char* op,
-                                                                            const char* dispatch_key) {
-  using torch::stable::detail::StableLibrary;
-  for (const auto& override : vllm_b200::kOverrides) {
-    if (std::string(override.op) == op) {
-      // Never deleted: that would take the kernel out again.
-      auto* library = new StableLibrary(StableLibrary::Kind::IMPL, op_namespace, dispatch_key, __FILE__, __LINE__);
-      library->impl(override.op, override.kernel);
-      return 0;
-    }
-  }
-  return 1;
-}
+std::span<const Override> memory_overrides() { return kOverrides; }
+
+}  // namespace vllm_b200

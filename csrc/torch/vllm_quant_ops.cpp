@@ -3,6 +3,7 @@
 // Python would cost more than the quantisation.
 
 #include "dispatcher.h"
+#include "overrides.h"
 #include "quant.h"
 
 namespace vllm_b200 {
@@ -70,7 +71,7 @@ bool quantise(Tensor x, Tensor q, Tensor scale, int64_t group_size, double eps, 
   return true;
 }
 
-void fp8(Tensor x, Tensor q, Tensor scale, int64_t group_size, double eps, double low, double high, bool ue8m0,
+void per_token_group_fp8_quant(Tensor x, Tensor q, Tensor scale, int64_t group_size, double eps, double low, double high, bool ue8m0,
          bool is_scale_transposed, bool is_tma_aligned) {
   // The two flags repeat what the strides of `scale` say; vLLM's kernel ignores them, too.
   if (low == -448.0 && high == 448.0 &&
@@ -81,7 +82,7 @@ void fp8(Tensor x, Tensor q, Tensor scale, int64_t group_size, double eps, doubl
                   is_scale_transposed, is_tma_aligned);
 }
 
-void fp8_packed(Tensor x, Tensor q, Tensor scale, int64_t group_size, double eps, double low, double high) {
+void per_token_group_fp8_quant_packed(Tensor x, Tensor q, Tensor scale, int64_t group_size, double eps, double low, double high) {
   if (low == -448.0 && high == 448.0 &&
       quantise(x, q, scale, group_size, eps, true, ScalarType::Float8_e4m3fn, ScalarType::Int)) {
     return;
@@ -89,7 +90,7 @@ void fp8_packed(Tensor x, Tensor q, Tensor scale, int64_t group_size, double eps
   call_dispatcher("vllm_b200::vllm_per_token_group_fp8_quant_packed", x, q, scale, group_size, eps, low, high);
 }
 
-void int8(Tensor x, Tensor q, Tensor scale, int64_t group_size, double eps, double low, double high) {
+void per_token_group_quant_int8(Tensor x, Tensor q, Tensor scale, int64_t group_size, double eps, double low, double high) {
   if (low == -128.0 && high == 127.0 &&
       quantise(x, q, scale, group_size, eps, false, ScalarType::Char, ScalarType::Float)) {
     return;
@@ -97,17 +98,14 @@ void int8(Tensor x, Tensor q, Tensor scale, int64_t group_size, double eps, doub
   call_dispatcher("vllm_b200::vllm_per_token_group_quant_int8", x, q, scale, group_size, eps, low, high);
 }
 
-}  // namespace
-}  // namespace vllm_b200
+constexpr Override kOverrides[] = {
+    VLLM_B200_OVERRIDE(per_token_group_fp8_quant),
+    VLLM_B200_OVERRIDE(per_token_group_fp8_quant_packed),
+    VLLM_B200_OVERRIDE(per_token_group_quant_int8),
+};
 
-// Put the three before the kernels that the ops of `op_namespace` have for
-// `dispatch_key`. The ops vllm_b200::vllm_* have to lead to those.
-extern "C" __attribute__((visibility("default"))) void vllm_b200_override_quant_ops(const char* op_namespace,
-                                                                                    const char* dispatch_key) {
-  using torch::stable::detail::StableLibrary;
-  // Never deleted: that would take the kernels out again.
-  auto* library = new StableLibrary(StableLibrary::Kind::IMPL, op_namespace, dispatch_key, __FILE__, __LINE__);
-  library->impl("per_token_group_fp8_quant", TORCH_BOX(&vllm_b200::fp8));
-  library->impl("per_token_group_fp8_quant_packed", TORCH_BOX(&vllm_b200::fp8_packed));
-  library->impl("per_token_group_quant_int8", TORCH_BOX(&vllm_b200::int8));
-}
+}  // namespace
+
+std::span<const Override> quant_overrides() { return kOverrides; }
+
+}  // namespace vllm_b200

@@ -1,4 +1,8 @@
-"""Standing in for ops of vLLM's: ours before theirs, theirs kept for the arguments that ours do not take."""
+"""Standing in for compiled ops of vLLM's: ours before theirs, theirs kept for the arguments that ours do not take.
+
+The ops keep their names, so that vLLM's layers and fused passes, which call or match them, profit without knowing.
+csrc/torch/vllm_*_ops.cpp has ours.
+"""
 
 import re
 from collections.abc import Mapping
@@ -7,8 +11,9 @@ from typing import Any
 
 import torch
 
-from vllm_b200_plugin.features import FeatureUnavailable
-from vllm_b200_plugin.integration import report
+from vllm_b200_plugin import vllm_compat
+from vllm_b200_plugin.features import FeatureUnavailable, NotForThisPlatform
+from vllm_b200_plugin.integration import library, report
 from vllm_b200_plugin.ops import _library
 
 # (op, dispatch key) -> namespace whose op is ours for that key
@@ -23,11 +28,19 @@ class Original:
     schema: str
 
 
+def require_cuda() -> None:
+    """Raises FeatureUnavailable where vLLM does not run on CUDA, or our library does not."""
+    platform = vllm_compat.CURRENT_PLATFORM.get()
+    if not platform.is_cuda():
+        raise NotForThisPlatform(f"for CUDA, vLLM runs on {platform.device_name}")
+    library.require()
+
+
 def override(ops: Mapping[str, tuple[str, ...]], namespace: str, dispatch_key: str, what: str) -> None:
     """Put ours before the kernels that the ops in `namespace` have for `dispatch_key`, once.
 
     Args:
-        ops: op -> its arguments as we know them. csrc/torch/vllm_memory_ops.cpp has ours.
+        ops: op -> its arguments as we know them.
         what: the ops in words, for the report.
 
     An op that this vLLM lacks, or that takes other arguments, keeps its kernel. Raises FeatureUnavailable where that is
@@ -81,8 +94,8 @@ def keep(name: str, original: Original, dispatch_key: str) -> None:
     if not hasattr(torch.ops.vllm_b200, kept):
         _library.torch_library.define(kept + original.schema)
 
-    def call(keyset: Any, *args: Any) -> None:
+    def call(keyset: Any, *args: Any) -> Any:
         report.chosen(name, "vLLM's kernel", "called with arguments that ours does not take")
-        original.kernel.call_boxed(keyset, *args)
+        return original.kernel.call_boxed(keyset, *args)
 
     _library.torch_library.impl(kept, call, dispatch_key, with_keyset=True)

@@ -2,16 +2,12 @@
 
 import vllm_b200_plugin.ops.token_quant  # noqa: F401 - defines the ops
 from vllm_b200_plugin import vllm_compat
-from vllm_b200_plugin.features import NotForThisPlatform
-from vllm_b200_plugin.integration import library, op_override
+from vllm_b200_plugin.integration import op_override
 
 
 def apply() -> None:
     """Override the ops for CUDA, once. Raises FeatureUnavailable where that cannot be done."""
-    platform = vllm_compat.CURRENT_PLATFORM.get()
-    if not platform.is_cuda():
-        raise NotForThisPlatform(f"for CUDA, vLLM runs on {platform.device_name}")
-    library.require()
+    op_override.require_cuda()
     override("_C", "CUDA")
 
 

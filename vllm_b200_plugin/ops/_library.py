@@ -63,18 +63,8 @@ def status() -> LibraryStatus:
     return LibraryStatus(path, True, "", **built)
 
 
-def override_quant_ops(namespace: str, dispatch_key: str) -> None:
-    """Put our kernels before those of vLLM's quantisation ops; csrc/torch/vllm_quant_ops.cpp.
-
-    Raises RuntimeError where the library is not loaded.
-    """
-    if not status().loaded:
-        raise RuntimeError(status().reason)
-    ctypes.CDLL(str(status().path)).vllm_b200_override_quant_ops(namespace.encode(), dispatch_key.encode())
-
-
 def override_op(namespace: str, op: str, dispatch_key: str) -> None:
-    """Put our kernel before that of one of vLLM's ops; csrc/torch/vllm_memory_ops.cpp.
+    """Put our kernel before that of one of vLLM's ops; csrc/torch/overrides.cpp.
 
     Raises RuntimeError where the library is not loaded, or has nothing for the op.
     """

@@ -1,0 +1,162 @@
+"""A layer's router for few tokens: the gate, and the gate with the selection of experts in one kernel."""
+
+import torch
+
+from vllm_b200_plugin.ops import _library
+from vllm_b200_plugin.ops._library import torch_library
+from vllm_b200_plugin.ops.topk import (
+    MAX_EXPERTS,
+    SELECTION_SCHEMA,
+    Scoring,
+    Selection,
+    check_row_inputs,
+    empty_outputs,
+    select_reference,
+)
+
+MAX_TOKENS = 32
+# One cluster has all of the gate's weight: more experts than this, or fewer, do not fit it.
+FUSED_EXPERTS = range(32, 257)
+OUT_DTYPES = (torch.float32, torch.bfloat16)
+
+_GATE, _ROUTER = "router_gate", "router"
+
+
+def router_gate(
+    x: torch.Tensor, weight: torch.Tensor, out_dtype: torch.dtype = torch.float32, *, pdl: bool = False
+) -> torch.Tensor:
+    """x @ weight.T for few tokens and few experts, bf16 operands, added up in fp32.
+
+    Args:
+        x: [num_tokens, hidden_size] bf16, up to 32 tokens; last stride 1, rows at multiples of 16 bytes.
+        weight: [num_experts, hidden_size] bf16, up to 512 experts; likewise. Both sizes are multiples of 8.
+        out_dtype: fp32 or bf16.
+        pdl: launch with programmatic stream serialization; the weight is then read ahead.
+
+    Returns:
+        logits [num_tokens, num_experts].
+
+    Raises:
+        ValueError: an argument is not as above; the message names it, what came and what is taken.
+    """
+    _check(x, weight, out_dtype)
+    logits = torch.empty(x.shape[0], weight.shape[0], dtype=out_dtype, device=x.device)
+    torch.ops.vllm_b200.router_gate(x, weight, logits, pdl)
+    return logits
+
+
+def router(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    selection: Selection,
+    bias: torch.Tensor | None = None,
+    *,
+    logits_dtype: torch.dtype = torch.float32,
+    ids_dtype: torch.dtype = torch.int32,
+    is_padding: torch.Tensor | None = None,
+    pdl: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """router_gate() and select_experts() of its result in one kernel; the selection sees logits of logits_dtype.
+
+    Args: as for those two; 32 to 256 experts, and SOFTMAX or SIGMOID.
+
+    Returns:
+        logits [num_tokens, num_experts], weights [num_tokens, topk] fp32 and ids [num_tokens, topk].
+
+    Raises:
+        ValueError: an argument is not as above; the message names it, what came and what is taken.
+    """
+    _check(x, weight, logits_dtype)
+    num_experts = weight.shape[0]
+    if problem := fused_refusal(num_experts, selection):
+        raise ValueError(problem)
+    check_row_inputs(bias, is_padding, x.shape[0], num_experts, x.device)
+    logits = torch.empty(x.shape[0], num_experts, dtype=logits_dtype, device=x.device)
+    weights, ids = empty_outputs(x, selection.topk, ids_dtype)
+    rule = selection.schema_values()
+    torch.ops.vllm_b200.router(x, weight, logits, weights, ids, None, *rule, bias, is_padding, pdl)
+    return logits, weights, ids
+
+
+def refusal(num_tokens: int, weight: torch.Tensor, out_dtype: torch.dtype) -> str | None:
+    """Why router_gate does not take a layer, or that many tokens of it; None where it does."""
+    if num_tokens > MAX_TOKENS:
+        return f"x: takes up to {MAX_TOKENS} tokens, got {num_tokens}"
+    if weight.dim() != 2 or weight.dtype != torch.bfloat16:
+        return f"weight: takes bfloat16 [num_experts, hidden_size], got {weight.dtype} {tuple(weight.shape)}"
+    num_experts, hidden_size = weight.shape
+    if not 8 <= num_experts <= MAX_EXPERTS or num_experts % 8:
+        return f"weight: takes 8 to {MAX_EXPERTS} experts, a multiple of 8, got {num_experts}"
+    if hidden_size % 8 or hidden_size == 0:
+        return f"weight: takes a hidden_size that is a multiple of 8, got {hidden_size}"
+    if weight.stride(1) != 1 or weight.stride(0) % 8 or weight.data_ptr() % 16:
+        return f"weight: takes a last stride of 1 and rows at multiples of 16 bytes, got strides {weight.stride()}"
+    if out_dtype not in OUT_DTYPES:
+        return f"out_dtype: takes float32 or bfloat16, got {out_dtype}"
+    return None
+
+
+def fused_refusal(num_experts: int, selection: Selection) -> str | None:
+    """Why router() does not take a selection from that many experts; None where it does."""
+    if num_experts not in FUSED_EXPERTS:
+        return f"weight: takes {FUSED_EXPERTS[0]} to {FUSED_EXPERTS[-1]} experts, got {num_experts}"
+    if selection.scoring > Scoring.SIGMOID:
+        return f"selection: takes SOFTMAX or SIGMOID, got {selection.scoring.name}"
+    return selection.refusal(num_experts)
+
+
+def _check(x: torch.Tensor, weight: torch.Tensor, out_dtype: torch.dtype) -> None:
+    if x.dim() != 2 or x.dtype != torch.bfloat16:
+        raise ValueError(f"x: takes bfloat16 [num_tokens, hidden_size], got {x.dtype} {tuple(x.shape)}")
+    if problem := refusal(x.shape[0], weight, out_dtype):
+        raise ValueError(problem)
+    if x.shape[1] != weight.shape[1] or x.device != weight.device:
+        raise ValueError(
+            f"x: takes the weight's hidden_size {weight.shape[1]} on {weight.device}, got {x.shape[1]} on {x.device}"
+        )
+    if x.numel() and (x.stride(1) != 1 or (x.shape[0] > 1 and x.stride(0) % 8) or x.data_ptr() % 16):
+        raise ValueError(f"x: takes a last stride of 1 and rows at multiples of 16 bytes, got strides {x.stride()}")
+
+
+torch_library.define(f"{_GATE}(Tensor x, Tensor weight, Tensor(a!) logits, bool pdl=False) -> ()")
+torch_library.define(
+    f"{_ROUTER}(Tensor x, Tensor weight, Tensor(a!) logits, Tensor(b!) weights, Tensor(c!) ids, "
+    f"Tensor(d!)? source_rows, {SELECTION_SCHEMA}, bool pdl=False) -> ()"
+)
+
+
+@torch.library.register_fake(f"vllm_b200::{_GATE}", lib=torch_library)
+@torch.library.register_fake(f"vllm_b200::{_ROUTER}", lib=torch_library)
+def _fake(*args: object, **kwargs: object) -> None:
+    return None
+
+
+@torch.library.impl(torch_library, _GATE, "CPU")
+def _router_gate_cpu(x: torch.Tensor, weight: torch.Tensor, logits: torch.Tensor, pdl: bool = False) -> None:
+    logits.copy_(x.float() @ weight.float().t())
+
+
+@torch.library.impl(torch_library, _ROUTER, "CPU")
+def _router_cpu(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    logits: torch.Tensor,
+    weights: torch.Tensor,
+    ids: torch.Tensor,
+    source_rows: torch.Tensor | None,
+    topk: int,
+    scoring: int,
+    renormalize: bool,
+    scale: float,
+    num_groups: int,
+    topk_group: int,
+    bias: torch.Tensor | None,
+    is_padding: torch.Tensor | None,
+    pdl: bool = False,
+) -> None:
+    _router_gate_cpu(x, weight, logits)
+    rule = topk, scoring, renormalize, scale, num_groups, topk_group
+    select_reference(logits, weights, ids, source_rows, *rule, bias, is_padding)
+
+
+_library.status()
