@@ -16,7 +16,6 @@ from vllm_b200_plugin.ops.topk import Scoring, Selection, select_experts
 
 pytestmark = pytest.mark.skipif(not _library.status().loaded, reason="the CUDA library, which overrides, was not built")
 
-NAMES = tuple(SCHEMAS)
 _namespaces = (f"b200_moe_test_{i}" for i in itertools.count())
 
 
