@@ -1,8 +1,8 @@
-# make demo    serve a tiny made-up model with vLLM and the plugin, and ask it something
+# make demo    serve a tiny model with vLLM and the plugin, and ask it a word problem
 # make test    all tests
 # Both set up their environment in .venv first, from nothing; see requirements/setup.sh.
 VENV ?= .venv
-SOURCES := pyproject.toml $(shell find csrc vllm_b200_plugin requirements -type f -not -name '*.pyc' 2>/dev/null)
+SOURCES := pyproject.toml $(shell find csrc vllm_b200_plugin requirements evals/small_math/checkpoints/bf16 -type f -not -name '*.pyc' 2>/dev/null)
 
 .PHONY: demo test lint venv clean
 .DEFAULT_GOAL := demo

@@ -13,11 +13,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks.made_up_tokenizer import write_tokenizer
 from benchmarks.model_size import GPU_BYTES, weight_bytes
 from benchmarks.serve_engine import CPU_ENVIRONMENT, EngineFailed, log_tail, selection_lines
 from benchmarks.serve_measure import Line, Record
 from benchmarks.serve_variants import STOCK, Variant
-from vllm_b200_plugin.demo import checkpoint
 from vllm_b200_plugin.demo.server import MODEL_NAME, Server, ServerFailed, free_port
 from vllm_b200_plugin.environment import CannotRun
 
@@ -64,7 +64,7 @@ def run(
         num_prompts=arguments.num_prompts or preset.num_prompts,
     )
     head = {"model": arguments.model, "preset": arguments.server, "batch": preset.most_running}
-    checkpoint.write_tokenizer(model, config["max_position_embeddings"])
+    write_tokenizer(model, config["max_position_embeddings"])
     cpu = arguments.device == "cpu"
     kv_bytes = None if cpu else kv_cache_bytes(weight_bytes(config))
     results: dict[Variant, list[Line]] = {STOCK: [], chosen: []}

@@ -221,19 +221,19 @@ def checkpoints(tmp_path_factory) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize(
-    "fmt, dtype, scale, scale_shape",
+    "fmt, dtype, scale",
     [
-        ("bf16", torch.bfloat16, None, None),
-        ("fp8", torch.float8_e4m3fn, "weight_scale_inv", (2, 2)),
-        ("ct-fp8", torch.float8_e4m3fn, "weight_scale", (2, 2)),
-        ("ct-int8", torch.int8, "weight_scale", (256, 1)),
+        ("bf16", torch.bfloat16, None),
+        ("fp8", torch.float8_e4m3fn, "weight_scale_inv"),
+        ("ct-fp8", torch.float8_e4m3fn, "weight_scale"),
+        ("ct-int8", torch.int8, "weight_scale"),
     ],
 )
-def test_checkpoint_tensors(checkpoints, fmt, dtype, scale, scale_shape):
+def test_checkpoint_tensors(checkpoints, fmt, dtype, scale):
     tensors = load_file(checkpoints[fmt] / "model.safetensors")
-    plain = load_file(checkpoints["bf16"] / "model.safetensors")
+    plain = load_file(checkpoint.trained() / "model.safetensors")
     linear = [name for name in plain if "_proj." in name]
-    assert len(linear) == checkpoint.NUM_LAYERS * (4 + 3 * checkpoint.NUM_EXPERTS)
+    assert linear
     for name in plain:
         assert tensors[name].shape == plain[name].shape
         assert tensors[name].dtype == (dtype if name in linear else torch.bfloat16)
@@ -242,18 +242,12 @@ def test_checkpoint_tensors(checkpoints, fmt, dtype, scale, scale_shape):
         return
     prefix = "model.layers.0.self_attn.q_proj"
     scales = tensors[f"{prefix}.{scale}"].float()
-    assert scales.shape == scale_shape
     rows, columns = plain[f"{prefix}.weight"].shape
-    spread = scales.repeat_interleave(rows // scale_shape[0], 0).repeat_interleave(columns // scale_shape[1], 1)
+    assert scales.shape == ((rows, 1) if fmt == "ct-int8" else (rows // 128, columns // 128))
+    spread = scales.repeat_interleave(rows // scales.shape[0], 0).repeat_interleave(columns // scales.shape[1], 1)
     back = tensors[f"{prefix}.weight"].float() * spread
     # half a step: 2^-4 of the value for e4m3, 1/254 of the row's maximum (and bf16 scales) for int8
     torch.testing.assert_close(back, plain[f"{prefix}.weight"].float(), rtol=2**-4, atol=1.1 * scales.max().item())
-
-
-def test_checkpoint_is_the_same_twice(checkpoints, tmp_path):
-    checkpoint.make(tmp_path, "fp8")
-    for name in ("config.json", "tokenizer.json", "model.safetensors"):
-        assert (tmp_path / name).read_bytes() == (checkpoints["fp8"] / name).read_bytes()
 
 
 def test_checkpoint_config(checkpoints):
@@ -266,13 +260,9 @@ def test_checkpoint_config(checkpoints):
         assert "model.layers.0.mlp.gate" in quantization["ignore"]
 
 
-def test_tokenizer_round_trip(checkpoints):
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(checkpoints["bf16"])
-    ids = tokenizer(checkpoint.PROMPT).input_ids
-    assert tokenizer.decode(ids) == checkpoint.PROMPT
-    assert len(tokenizer) == checkpoint.VOCAB_SIZE
+def test_the_model_is_missing(on_cpu, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(checkpoint, "_FOLDERS", (tmp_path,))
+    assert "install the package again" in refused(capsys)
 
 
 def test_bf16_experts(tmp_path):

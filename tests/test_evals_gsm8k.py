@@ -267,4 +267,4 @@ def test_in_process_with_and_without_the_plugin(data, tmp_path, monkeypatch):
     answers = [{entry["answer"] for entry in result["sides"][side]["samples"]} for side in ("baseline", "plugin")]
     assert result["sides"]["baseline"]["features"] is None
     assert result["sides"]["plugin"]["features"]["fp8_block_linear"]
-    assert len(answers[0]) > 1  # random weights, but they said something
+    assert len(answers[0]) > 1

@@ -15,7 +15,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"vllm-b200-plugin {version}")
     commands = parser.add_subparsers(dest="command", required=True)
 
-    serve = commands.add_parser("demo", help="serve a tiny made-up model with the plugin and ask it something")
+    serve = commands.add_parser("demo", help="serve a tiny model with the plugin and ask it a word problem")
     formats = "; ".join(f"{name}: {text}" for name, text in FORMATS.items())
     serve.add_argument("--format", choices=FORMATS, default="fp8", help=f"{formats} (default: fp8)")
     serve.add_argument("--port", type=int, help="default: a free one")

@@ -1,4 +1,4 @@
-"""`vllm-b200 demo`: a tiny made-up model, the real `vllm serve`, one answer, and which kernels gave it."""
+"""`vllm-b200 demo`: a tiny trained model, the real `vllm serve`, one answer, and which kernels gave it."""
 
 import os
 import platform
@@ -57,6 +57,7 @@ def run(options: Options) -> int:
         check_port(options.port)
     if options.model_dir is not None and options.model_dir.exists() and not options.model_dir.is_dir():
         raise CannotRun(f"--model-dir {options.model_dir} is a file; name a folder.")
+    checkpoint.trained()
     gpus = environment.gpus()
     cpu = environment.torch_is_cpu_only()
     if not gpus and not cpu:
@@ -74,7 +75,7 @@ def run(options: Options) -> int:
     except OSError as error:
         shutil.rmtree(work, ignore_errors=True)
         raise CannotRun(f"the checkpoint cannot be written to {model}: {error.strerror}.") from None
-    print(f"checkpoint  {checkpoint.FORMATS[options.format]}, random weights: {model}", flush=True)
+    print(f"checkpoint  small_math, {checkpoint.FORMATS[options.format]}: {model}", flush=True)
 
     server = Server(model, work / "serve.log", options.port or free_port(), eager=options.eager, cpu=cpu)
     machine = "CPU" if cpu else f"{gpus[0].name} (compute capability {'.'.join(map(str, gpus[0].capability))})"
@@ -119,8 +120,8 @@ def _serve(server: Server, options: Options) -> bool:
         print(f"last lines of {server.log}:")
         print("\n".join(f"  | {line}" for line in lines[-_LOG_LINES_SHOWN:]))
         return False
-    print(f"prompt      {checkpoint.PROMPT!r}")
-    print(f"answer      {answer!r} (random weights: the words mean nothing)")
+    print(f"question    {checkpoint.QUESTION}")
+    print("\n".join(f"{'answer' if not i else '':<11} {line}" for i, line in enumerate(answer.strip().split("\n"))))
     lines = server.lines()
     if any(PLUGIN_FAILED in line for line in lines):
         print(f"warning: vLLM could not load the plugin: {root_cause(lines) or 'see the log'}")

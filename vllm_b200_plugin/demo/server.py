@@ -219,9 +219,9 @@ class Server(Child):
                 raise ServerFailed(f"the server was not ready after {timeout:.0f} s (it was {doing}); see --timeout.")
             time.sleep(0.25)
 
-    def complete(self, prompt: str, max_tokens: int = 24, timeout: float = 120) -> str:
+    def complete(self, prompt: str, max_tokens: int = 160, timeout: float = 120) -> str:
         """One greedy completion through the OpenAI API. Raises ServerFailed."""
-        body = {"model": MODEL_NAME, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True}
+        body = {"model": MODEL_NAME, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0}
         request = urllib.request.Request(
             f"{self.url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
