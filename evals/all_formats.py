@@ -7,8 +7,8 @@ Every folder in FOLDER is the model in a format, served by stock vLLM and with t
 vLLM has no kernel for the others, or another arithmetic, as on a CPU.
 
 What stock vLLM cannot serve is recorded with its reason. Exit code: 0 no format is worse than its baseline, 1 one is:
-significantly fewer right answers, or beyond --multiple times its noise floor, or only the baseline can serve it;
-2 it could not run.
+significantly fewer right answers, or beyond --multiple times its noise floor, or the baseline ran and the plugin did
+not; 2 it could not run.
 """
 
 import argparse

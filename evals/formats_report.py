@@ -55,7 +55,7 @@ class Compared:
     def verdict(self, rules: Rules) -> str:
         """What is wrong, or: same, - (nothing to compare)."""
         if PLUGIN in self.failed and BASELINE not in self.failed and not rules.reference_only:
-            return "the plugin cannot serve it"
+            return "the plugin did not run"
         if self.failed:
             return "-"
         wrong = [f"worse by {name}" for name, comparison in self.gsm8k.items() if comparison.significantly_worse]
@@ -106,7 +106,7 @@ def table(formats: Sequence[Compared], rules: Rules) -> str:
         "the baseline's in other batches, mean or 99th percentile, whichever is more.",
     ]
     text += [
-        f"\n{found.name}: {rules.baseline if side == BASELINE else 'the plugin'} cannot serve it: {cause}"
+        f"\n{found.name}, {rules.baseline if side == BASELINE else 'plugin'}: {cause}"
         for found in formats
         for side, cause in found.failed.items()
     ]

@@ -4,6 +4,7 @@ A worker has a folder of its own: request.json says what to do, status.json how 
 """
 
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -85,9 +86,22 @@ class Worker:
             raise CannotRun(problem)
         if code or not last.get("finished"):
             lines = log.read_text(errors="replace").splitlines() if log.exists() else []
-            cause = root_cause(lines) or f"exit code {code}"
+            cause = cause_of(lines) or f"exit code {code}"
             doing = last.get("doing", "starting")
             raise SideFailed(f"{self.task.label} failed while {doing}: {cause} (see {log}).", cause)
+
+
+def cause_of(log: Sequence[str]) -> str | None:
+    """The root cause in a log, with the lines that a colon at its end announces: vLLM's reasons, kernel by kernel."""
+    cause = root_cause(log)
+    index = next((i for i in reversed(range(len(log))) if cause and cause in log[i]), None)
+    if cause is None or index is None or not cause.endswith(":"):
+        return cause
+    prefix = log[index].partition(cause)[0]
+    reasons = itertools.takewhile(
+        lambda line: line.startswith(prefix) and line[len(prefix) :].strip(), log[index + 1 :]
+    )
+    return " ".join([cause, *(line[len(prefix) :].strip() for line in itertools.islice(reasons, 20))])
 
 
 def prepare(task: Task) -> None:

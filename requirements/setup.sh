@@ -60,5 +60,5 @@ PATH=$(cd "$venv/bin" && pwd):$PATH VLLM_B200_CUDA_ARCHS=$archs \
     uv_install --no-build-isolation --no-deps --reinstall-package vllm-b200-plugin .
 
 say "test tools"
-uv_install -r pyproject.toml --extra test
+uv_install -r pyproject.toml --extra test --extra evals
 say "done: $venv"

@@ -99,3 +99,20 @@ def test_an_earlier_status_is_forgotten(task):
     fine = task("fine")
     (fine.folder / "status.json").write_text(json.dumps({"cannot": "old"}))
     processes.run(fine)
+
+
+def test_reasons_on_lines_of_their_own():
+    worker = "(Worker pid=7) ERROR 11-21 14:28:30 [executor.py:953] "
+    log = [
+        f"{worker}Traceback (most recent call last):",
+        f"{worker}ValueError: Failed to find a kernel. Reasons: ",
+        f"{worker}AKernel needs AMX..",
+        f"{worker}BKernel is for GPUs.",
+        "(EngineCore pid=6) INFO 11-21 14:28:33 [executor.py:479] shutdown",
+        "(EngineCore pid=6) ERROR 11-21 14:28:33 [core.py:1] RuntimeError: Engine core initialization failed.",
+    ]
+    reasons = "AKernel needs AMX.. BKernel is for GPUs."
+    assert processes.cause_of(log) == f"ValueError: Failed to find a kernel. Reasons: {reasons}"
+    assert processes.cause_of(["ValueError: no."]) == "ValueError: no."
+    assert processes.cause_of(["ValueError: none. Reasons:"]) == "ValueError: none. Reasons:"
+    assert processes.cause_of(["fine"]) is None
