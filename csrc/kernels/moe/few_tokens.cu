@@ -263,7 +263,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1) gate_up_kernel(const __grid
       }
       if (next_item >= num_items) return;
       const int64_t rows = 2 * p.intermediate_size;
-      const int in_expert = (lane < 8 ? 0 : p.intermediate_size) + next_item % tiles * 8 + lane % 8;
+      const int in_expert = ((lane < 8) == p.up_first ? p.intermediate_size : 0) + next_item % tiles * 8 + lane % 8;
       row = static_cast<const uint8_t*>(p.w13) + (entry.expert * rows + in_expert) * p.hidden_size;
     }
     const int bytes = min(ring.chunk, p.hidden_size - next_byte);
@@ -290,9 +290,11 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1) gate_up_kernel(const __grid
     const int scale_rows = p.intermediate_size / kBlock;
     const float* scales =
         p.w13_scale + (static_cast<int64_t>(entry.expert) * 2 * scale_rows + column / kBlock) * num_blocks;
+    const float *gate_scales = scales + (p.up_first ? scale_rows * num_blocks : 0),
+                *up_scales = scales + (p.up_first ? 0 : scale_rows * num_blocks);
     float acc[4] = {};
-    multiply(acc, ring, refill, x, BlockScales(scales, num_blocks),
-             BlockScales(scales + scale_rows * num_blocks, num_blocks));
+    multiply(acc, ring, refill, x, BlockScales(gate_scales, num_blocks),
+             BlockScales(up_scales, num_blocks));
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       if (2 * quad + i >= entry.count) continue;
@@ -420,7 +422,7 @@ template <bool kPow2, bool kOneToken>
 cudaError_t launch(const FewTokensMoeParams& p, cudaStream_t stream) {
   const int assignments = p.num_tokens * p.top_k;
   // Entries are at most assignments: more blocks would have nothing to do.
-  const int items = assignments * (p.intermediate_size / 8), blocks = (items + p.gate_up.warps - 1) / p.gate_up.warps;
+  const int items = assignments * (p.intermediate_size / 8), blocks = std::max(1, (items + p.gate_up.warps - 1) / p.gate_up.warps);
   const cudaError_t error = launch_stream(gate_up_kernel<kPow2, kOneToken>, p, p.gate_up, blocks,
                                           Layout(p.gate_up, p.num_tokens, 0, 0), p.pdl, stream);
   if (error != cudaSuccess) return error;
@@ -435,6 +437,19 @@ cudaError_t few_tokens_moe(const FewTokensMoeParams& p, cudaStream_t stream) {
   const bool one = p.num_tokens == 1 && p.top_k <= 32;
   if (p.ue8m0) return one ? launch<true, true>(p, stream) : launch<true, false>(p, stream);
   return one ? launch<false, true>(p, stream) : launch<false, false>(p, stream);
+}
+
+cudaError_t configure_few_tokens_moe(FewTokensMoeParams& p) {
+  int device = 0, sms = 0, shared = 0;
+  for (const cudaError_t error :
+       {cudaGetDevice(&device), cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device),
+        cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device)}) {
+    if (error != cudaSuccess) return error;
+  }
+  p.split = 1;
+  p.gate_up = {512, 2, 6, sms};
+  p.down = {p.intermediate_size < 1024 ? 256 : 512, 1, 8, 0};
+  return cudaSuccess;
 }
 
 }  // namespace vllm_b200

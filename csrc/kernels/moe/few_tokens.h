@@ -33,6 +33,7 @@ struct FewTokensMoeParams {
   int32_t hidden_size, intermediate_size;  // multiples of 128
   int64_t x_stride, out_stride;            // elements
   bool ids_are_int64;
+  bool up_first;  // w13's rows begin with those of the factor that has no activation function
   bool ue8m0;  // activation scales rounded up to powers of two
   bool pdl;    // launch the first kernel with programmatic stream serialization
   int32_t split;  // parts of intermediate_size that w2's products are split into, a warp each
