@@ -1,5 +1,5 @@
-"""The experts for few tokens: the CPU reference and the CUDA kernels against a float64 composition on the same quantised
-operands, under the routings that occur."""
+"""The experts for few tokens: the CPU reference and the CUDA kernels against a float64 composition on the same
+quantised operands, under the routings that occur."""
 
 import pytest
 import torch

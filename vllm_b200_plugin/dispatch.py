@@ -12,6 +12,7 @@ FLASHINFER_SWAP_AB = "flashinfer_swap_ab"
 CUTLASS = "cutlass"
 TRITON = "triton"
 REFERENCE = "reference"  # in PyTorch, on CPU
+FEW_TOKENS = "few_tokens"  # ours for MoE layers
 VLLM = "vllm"  # none of ours: vLLM goes on through its own list
 
 GROUP_SIZE = 128
@@ -21,6 +22,8 @@ SWAP_AB_BELOW = 8
 # Where vLLM passes from FlashInfer's kernel, which scales activations in plain fp32, to DeepGEMM's scale format. The
 # numbers of a layer stay vLLM's, so this stays its threshold.
 PLAIN_SCALES_BELOW = 32
+FEW_TOKENS_MOE = 32
+FEW_TOKENS_MOE_ASSIGNMENTS = 512
 
 
 @dataclass(frozen=True)
@@ -106,3 +109,28 @@ def fp8_block_gemm(num_tokens: int, capability: tuple[int, int], *, flashinfer: 
     if num_tokens >= SWAP_AB_BELOW:
         return Choice(DEEP_GEMM, f"{num_tokens} tokens, DeepGEMM is faster from {SWAP_AB_BELOW} on")
     return Choice(FLASHINFER_SWAP_AB, f"{num_tokens} tokens, below {SWAP_AB_BELOW}")
+
+
+@functools.lru_cache(maxsize=1 << 12)
+def few_tokens_limit(
+    topk: int, num_experts: int, hidden_size: int, intermediate_size: int, capability: tuple[int, int]
+) -> int:
+    """Up to how many tokens our kernels for few tokens take an FP8 block-scaled MoE layer; 0: none.
+
+    Args:
+        topk: experts of a token.
+        num_experts, hidden_size, intermediate_size: of the layer on this GPU.
+        capability: compute capability, for example (9, 0).
+    """
+    return min(FEW_TOKENS_MOE, FEW_TOKENS_MOE_ASSIGNMENTS // topk)
+
+
+@functools.lru_cache(maxsize=1 << 12)  # asked in every eager call of a layer
+def few_tokens_moe(
+    num_tokens: int, topk: int, num_experts: int, hidden_size: int, intermediate_size: int, capability: tuple[int, int]
+) -> Choice:
+    """Our kernels for few tokens or vLLM's experts. Arguments as for few_tokens_limit."""
+    limit = few_tokens_limit(topk, num_experts, hidden_size, intermediate_size, capability)
+    if num_tokens > limit:
+        return Choice(VLLM, f"{num_tokens} tokens, ours are for {limit} at most")
+    return Choice(FEW_TOKENS, f"{num_tokens} tokens, {limit} at most")

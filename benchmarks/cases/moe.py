@@ -135,9 +135,8 @@ class FewTokensCase:
     ue8m0: bool = False
 
     def __str__(self) -> str:
-        flags = "-ue8m0" * self.ue8m0
-        experts = f"E{self.num_experts}-k{self.top_k}"
-        return f"{self.num_tokens}-{experts}-{self.hidden_size}x{self.intermediate_size}-{self.routing}-{self.ids}{flags}"
+        sizes = f"{self.num_tokens}-E{self.num_experts}-k{self.top_k}-{self.hidden_size}x{self.intermediate_size}"
+        return f"{sizes}-{self.routing}-{self.ids}{'-ue8m0' * self.ue8m0}"
 
 
 ROUTINGS = ("random", "one_expert", "one_empty", "duplicated", "half_missing", "all_missing")

@@ -167,9 +167,7 @@ def few_tokens_moe(
     return out
 
 
-def few_tokens_refusal(
-    num_assignments: int, num_experts: int, hidden_size: int, intermediate_size: int
-) -> str | None:
+def few_tokens_refusal(num_assignments: int, num_experts: int, hidden_size: int, intermediate_size: int) -> str | None:
     """Why few_tokens_moe cannot do a layer, or None where it can.
 
     Args:

@@ -8,12 +8,11 @@ namespace vllm_b200 {
 
 constexpr int kMaxAssignments = 512;  // num_tokens * top_k
 constexpr int kMaxExperts = 1024;     // on this GPU
+constexpr int kMaxBlocks = 64;        // of 128 columns in a warp's rows
 
-// How a kernel streams weights: each warp has a ring of `stages` buffers in
-// shared memory, of 16 rows by `chunk` bytes.
+// A warp streams weights through a ring in shared memory, `stages` groups of 4 KiB.
 struct StreamConfig {
-  int32_t chunk;   // multiple of 128
-  int32_t stages;  // at least 1
+  int32_t stages;  // 3, 4, 6 or 8
   int32_t warps;   // of a block, at most 16
   int32_t blocks;  // of the grid, at most; 0: one for every tile
 };
@@ -30,13 +29,13 @@ struct FewTokensMoeParams {
   void* hidden;              // bf16 [num_tokens, top_k, intermediate_size], written and read
   void* out;                 // bf16 [num_tokens, hidden_size]
   int32_t num_tokens, top_k, num_experts, num_global_experts;
-  int32_t hidden_size, intermediate_size;  // multiples of 128
+  int32_t hidden_size, intermediate_size;  // multiples of 128; hidden_size / 128 at most kMaxBlocks
   int64_t x_stride, out_stride;            // elements
   bool ids_are_int64;
   bool up_first;  // w13's rows begin with those of the factor that has no activation function
   bool ue8m0;  // activation scales rounded up to powers of two
   bool pdl;    // launch the first kernel with programmatic stream serialization
-  int32_t split;  // parts of intermediate_size that w2's products are split into, a warp each
+  int32_t split;  // parts of intermediate_size, a warp's each, of 1 to kMaxBlocks blocks of 128
   StreamConfig gate_up, down;
 };
 

@@ -38,18 +38,27 @@ __device__ __forceinline__ int local_expert(const FewTokensMoeParams& p, int ass
   return expert < p.num_experts ? expert : -1;
 }
 
-// A counting sort. The rank within an expert is as the atomics fall: it decides only which column of an mma a token
-// gets, and columns do not mix.
+// A counting sort. An assignment's rank within its expert is by its index, so that all blocks find the same entries.
 __device__ __forceinline__ void sort_assignments(Routing& r, const FewTokensMoeParams& p) {
   const int assignments = p.num_tokens * p.top_k;
   for (int i = threadIdx.x; i < p.num_experts; i += blockDim.x) r.places[i] = 0;
-  __syncthreads();
-  for (int i = threadIdx.x; i < assignments; i += blockDim.x) {
-    const int expert = local_expert(p, i);
-    r.assigned[i] = expert < 0 ? Routing::kNobody : expert | atomicAdd(&r.places[expert], 1) << 16;
-  }
+  for (int i = threadIdx.x; i < assignments; i += blockDim.x) r.assigned[i] = local_expert(p, i);
   __syncthreads();
   if (threadIdx.x < 32) {
+    const uint32_t lower_lanes = (1u << threadIdx.x) - 1;
+    for (int first = 0; first < assignments; first += 32) {
+      const int i = first + threadIdx.x;
+      const uint32_t expert = i < assignments ? r.assigned[i] : Routing::kNobody;
+      const uint32_t peers = __match_any_sync(0xffffffffu, expert);
+      const int rank = __popc(peers & lower_lanes);
+      if (expert != Routing::kNobody) {
+        const int before = r.places[expert];
+        r.assigned[i] = expert | (before + rank) << 16;
+        __syncwarp(peers);
+        if (rank == 0) r.places[expert] = before + __popc(peers);
+      }
+      __syncwarp();
+    }
     // Each lane takes consecutive experts. Low half: assignments; high half: entries.
     const int lane = threadIdx.x, per_lane = (p.num_experts + 31) / 32;
     const int begin = lane * per_lane, end = min(begin + per_lane, p.num_experts);
