@@ -97,7 +97,7 @@ class FusedExpertsCase:
 ALIGN_NUM_TOKENS = (1, 16, 256, 1024, 4096, 16384)
 TOP_K_NUM_TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384)
 SUM_NUM_TOKENS = (1, 16, 256, 4096)
-EXPERTS_NUM_TOKENS = (1, 2, 4, 8, 16, 64)
+EXPERTS_NUM_TOKENS = (1, 2, 4, 8, 16, 32, 64)
 
 
 def align_benchmarks() -> Iterator[MoeAlignCase]:
@@ -119,6 +119,8 @@ def sum_benchmarks() -> Iterator[MoeSumCase]:
 def fused_experts_benchmarks() -> Iterator[FusedExpertsCase]:
     for num_tokens in EXPERTS_NUM_TOKENS:
         yield FusedExpertsCase(num_tokens, 128, 2048, 768)  # Qwen3-30B-A3B
+    for num_tokens in (1, 4, 16):
+        yield FusedExpertsCase(num_tokens, 256, 7168, 2048)  # DeepSeek-V3
 
 
 @dataclass(frozen=True)
