@@ -41,8 +41,10 @@ void few_tokens_moe_op(const Tensor& x, const Tensor& w13, const Tensor& w13_sca
   const int64_t num_tokens = x.size(0), hidden_size = x.size(1), top_k = topk_ids.size(1);
   const int64_t num_experts = w13.size(0), intermediate_size = w13.size(1) / 2;
   STD_TORCH_CHECK(hidden_size % 128 == 0 && intermediate_size % 128 == 0 && hidden_size > 0 && intermediate_size > 0 &&
-                      hidden_size < (1 << 24) && intermediate_size < (1 << 24),
+                      intermediate_size < (1 << 20),
                   "hidden and intermediate size: take multiples of 128, got ", hidden_size, " and ", intermediate_size);
+  STD_TORCH_CHECK(hidden_size <= 128 * kMaxBlocks, "hidden size: takes ", 128 * kMaxBlocks, " at most, got ",
+                  hidden_size);
   STD_TORCH_CHECK(num_experts > 0 && num_experts <= kMaxExperts, "w13: takes 1 to ", kMaxExperts, " experts, got ",
                   num_experts);
   STD_TORCH_CHECK(num_tokens * top_k <= kMaxAssignments, "topk_ids: takes ", kMaxAssignments, " ids at most, got ",

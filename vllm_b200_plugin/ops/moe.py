@@ -10,6 +10,7 @@ from vllm_b200_plugin.ops.quant import per_token_group_quant
 BLOCK_SHAPE = (128, 128)
 MAX_ASSIGNMENTS = 512  # of few_tokens_moe: num_tokens * topk
 MAX_EXPERTS = 1024
+MAX_HIDDEN_SIZE = 8192
 
 
 def fp8_block_scaled_moe(
@@ -182,6 +183,8 @@ def few_tokens_refusal(num_assignments: int, num_experts: int, hidden_size: int,
     for name, size in (("hidden_size", hidden_size), ("intermediate_size", intermediate_size)):
         if size == 0 or size % BLOCK_SHAPE[1]:
             return f"{name}: takes multiples of {BLOCK_SHAPE[1]}, got {size}"
+    if hidden_size > MAX_HIDDEN_SIZE:
+        return f"hidden_size: takes {MAX_HIDDEN_SIZE} at most, got {hidden_size}"
     return None
 
 

@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "../common/async_copy.cuh"
+#include "../common/bulk_copy.cuh"
 #include "../common/launch.cuh"
 #include "../quant/quantizers.cuh"
 #include "routing.cuh"
@@ -10,9 +10,10 @@
 // Two kernels, each a set of independent warps. A warp's unit of work is a tile
 // of 16 rows of one expert's weights times up to 8 tokens of that expert: the
 // weights are the mma's A operand, the tokens the 8 columns of B, quantised in
-// registers. The weights come through a ring in shared memory of which a lane
-// reads only what it has copied itself, so that warps and lanes never wait for
-// each other. The warp fetches ahead across tiles.
+// registers. The weights come through the warp's own ring in shared memory, so
+// that warps never wait for each other, in pieces of up to 1 KiB of a row:
+// shorter ones do not reach the memory's bandwidth. The warp fetches ahead
+// across tiles.
 //
 // Within a 64-byte half of a block the k index is permuted alike in A and B, so
 // that a lane's 16 contiguous bytes feed two mma.m16n8k32.
@@ -31,8 +32,8 @@ namespace {
 
 constexpr int kRows = 16;
 constexpr int kBlock = 128;  // columns that share a scale
-constexpr int kGroup = 2;    // blocks that are fetched together
-constexpr int kGroupBytes = kGroup * kRows * kBlock;
+constexpr int kPair = 2;     // blocks that are multiplied together
+constexpr int kRowPadding = 64;  // bytes; eight rows' 16-byte loads then hit all banks
 constexpr int kMaxWarps = 16;
 constexpr float kEps = 1e-10f;
 
@@ -47,59 +48,72 @@ __device__ __forceinline__ void mma(float (&c)[4], uint32_t a0, uint32_t a1, uin
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-// A tile's rows as the calling lane fetches them: row lane / 4 and the one 8 further, from the lane's column on.
+__host__ __device__ constexpr int stage_bytes(const StreamConfig& config) {
+  return kRows * (config.chunk * kBlock + kRowPadding);
+}
+
+// What is still to be fetched of a tile: 8 rows from `upper` and 8 from `lower` on. No blocks: there is no tile left.
 struct Rows {
   const uint8_t *upper = nullptr, *lower = nullptr;
-  int blocks = 0;  // not yet fetched; 0 after the last tile
+  int blocks = 0;
 };
 
-// A warp's ring. Every call of fetch() commits one group, so that the oldest is here when kStages - 1 are pending.
-template <int kStages>
+// A warp's ring. Slots are filled and emptied in turn, each refilled right after it is emptied.
 struct Ring {
-  uint32_t data;  // the calling lane's
+  uint32_t data, barriers;  // shared memory
+  int stride, chunk, stages;
+  int64_t pitch;  // of the weights, in bytes
   int slot = 0;
+  uint32_t parity = 0;
   uint64_t policy = evict_first_policy();
   Rows rows;
 
-  __device__ explicit Ring(uint32_t rings) : data(rings + threadIdx.x / 32 * kStages * kGroupBytes + threadIdx.x % 32 * 16) {}
-
-  // The next group into the slot; next_rows() gives the next tile's.
+  __device__ Ring(uint32_t data, uint32_t barriers, const StreamConfig& config, int64_t pitch)
+      : data(data + threadIdx.x / 32 * config.stages * stage_bytes(config)),
+        barriers(barriers + threadIdx.x / 32 * config.stages * 8),
+        stride(config.chunk * kBlock + kRowPadding),
+        chunk(config.chunk),
+        stages(config.stages),
+        pitch(pitch) {
+    if (threadIdx.x % 32 == 0) {
+      for (int i = 0; i < stages; ++i) barrier_init(this->barriers + 8 * i, 1);
+      barrier_init_fence();
+    }
+    __syncwarp();
+  }
+  // The next chunk into a slot; next_rows() gives the next tile.
   template <typename NextRows>
-  __device__ __forceinline__ void fetch(NextRows&& next_rows) {
+  __device__ __forceinline__ void fetch(int slot, NextRows&& next_rows) {
     if (rows.blocks == 0) rows = next_rows();
-    const int blocks = min(rows.blocks, kGroup);
-    const uint32_t destination = data + slot * kGroupBytes;
+    if (rows.blocks == 0) return;
+    const int blocks = min(rows.blocks, chunk), bytes = blocks * kBlock;
+    if (elect_lane()) {
+      const uint32_t barrier = barriers + 8 * slot, destination = data + slot * kRows * stride;
+      barrier_expect(barrier, kRows * bytes);
 #pragma unroll
-    for (int i = 0; i < kGroup; ++i) {
-      if (i < blocks) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int piece = (2 * i + half) * 2, column = i * kBlock + half * 64;
-          async_copy(destination + piece * 512, rows.upper + column, policy);
-          async_copy(destination + (piece + 1) * 512, rows.lower + column, policy);
-        }
+      for (int i = 0; i < kRows / 2; ++i) {
+        bulk_copy(destination + i * stride, rows.upper + i * pitch, bytes, barrier, policy);
+        bulk_copy(destination + (i + kRows / 2) * stride, rows.lower + i * pitch, bytes, barrier, policy);
       }
     }
-    async_commit();
     rows.blocks -= blocks;
-    rows.upper += kGroup * kBlock, rows.lower += kGroup * kBlock;
-    if (++slot == kStages) slot = 0;
+    rows.upper += bytes, rows.lower += bytes;
   }
   template <typename NextRows>
   __device__ __forceinline__ void fill(NextRows&& next_rows) {
-    for (int i = 0; i < kStages; ++i) fetch(next_rows);
+    for (int i = 0; i < stages; ++i) fetch(i, next_rows);
   }
-  // The oldest group, which is in the slot that is fetched to next: `w[block][half]` of the upper and the lower row.
-  __device__ __forceinline__ void read(uint4 (&upper)[kGroup][2], uint4 (&lower)[kGroup][2]) {
-    async_wait<kStages - 1>();
-#pragma unroll
-    for (int i = 0; i < kGroup; ++i) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const uint32_t piece = data + slot * kGroupBytes + (2 * i + half) * 1024;
-        upper[i][half] = load_shared(piece), lower[i][half] = load_shared(piece + 512);
-      }
-    }
+  // The address of the oldest chunk, once it is here.
+  __device__ __forceinline__ uint32_t wait() const {
+    barrier_wait(barriers + 8 * slot, parity);
+    return data + slot * kRows * stride;
+  }
+  // After the last read of the oldest chunk.
+  template <typename NextRows>
+  __device__ __forceinline__ void refill(NextRows&& next_rows) {
+    __syncwarp();
+    fetch(slot, next_rows);
+    if (++slot == stages) slot = 0, parity ^= 1;
   }
 };
 
@@ -162,9 +176,9 @@ struct Activations {
 
 // acc = tile's weights * its activations. acc[0], acc[1]: row lane / 4, columns lane % 4 * 2 and the one after;
 // acc[2], acc[3]: 8 rows further. Leaves the first round of the next tile's activations under way.
-template <int kLogRows, bool kPow2, int kStages, typename NextRows>
-__device__ __forceinline__ void multiply(float (&acc)[4], Ring<kStages>& ring, NextRows&& next_rows,
-                                         Activations<kPow2>& x, const Tile& tile, const Tile& next) {
+template <int kLogRows, bool kPow2, typename NextRows>
+__device__ __forceinline__ void multiply(float (&acc)[4], Ring& ring, NextRows&& next_rows, Activations<kPow2>& x,
+                                         const Tile& tile, const Tile& next) {
   constexpr int kTokens = 1 << kLogRows, kRound = kTileTokens >> kLogRows;
   const int lane = threadIdx.x % 32, group = lane / 4, quad = lane % 4;
   const int source = group % kTokens * 4 + quad;
@@ -179,13 +193,28 @@ __device__ __forceinline__ void multiply(float (&acc)[4], Ring<kStages>& ring, N
   };
 #pragma unroll
   for (int i = 0; i < 4; ++i) acc[i] = 0.0f;
-  for (int block = 0; block < tile.blocks; block += kGroup) {
+  int chunk_end = 0;
+  uint32_t weights = 0;
+  for (int block = 0; block < tile.blocks; block += kPair) {
     if (block % kRound == 0) start_round(block);
-    uint4 upper[kGroup][2], lower[kGroup][2];
-    ring.read(upper, lower);
-    ring.fetch(next_rows);
+    if (block == chunk_end) {
+      weights = ring.wait() + group * ring.stride + quad * 16;
+      chunk_end = min(block + ring.chunk, tile.blocks);
+    }
+    uint4 upper[kPair][2], lower[kPair][2];
 #pragma unroll
-    for (int i = 0; i < kGroup; ++i) {
+    for (int i = 0; i < kPair; ++i) {
+      if (i > 0 && block + i >= tile.blocks) break;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        upper[i][half] = load_shared(weights + i * kBlock + half * 64);
+        lower[i][half] = load_shared(weights + i * kBlock + half * 64 + kRows / 2 * ring.stride);
+      }
+    }
+    weights += kPair * kBlock;
+    if (block + kPair >= chunk_end) ring.refill(next_rows);
+#pragma unroll
+    for (int i = 0; i < kPair; ++i) {
       if (i > 0 && block + i >= tile.blocks) break;
       if (i > 0 && kRound == 1) start_round(block + i);
       const int shift = (block + i) % kRound * kTokens * 4;
@@ -211,12 +240,11 @@ __device__ __forceinline__ void multiply(float (&acc)[4], Ring<kStages>& ring, N
   }
 }
 
-// All tiles of a warp. next_rows() and next_tile() give the warp's tiles in the same order, finish(tile, acc) takes the
-// result. The first groups are under way.
-template <bool kPow2, bool kOneToken, int kStages, typename NextRows, typename NextTile, typename Finish>
-__device__ __forceinline__ void multiply_all(Ring<kStages>& ring, NextRows&& next_rows, NextTile&& next_tile,
+// `tile` and those after it. next_rows() and next_tile() give a warp's tiles in the same order, finish(tile, acc) takes
+// the result. The first chunks are under way.
+template <bool kPow2, bool kOneToken, typename NextRows, typename NextTile, typename Finish>
+__device__ __forceinline__ void multiply_all(Tile tile, Ring& ring, NextRows&& next_rows, NextTile&& next_tile,
                                              Finish&& finish) {
-  Tile tile = next_tile();
   Activations<kPow2> x;
   x.load(tile, 0);
   while (tile.blocks > 0) {
@@ -266,15 +294,16 @@ struct Batch {
   }
 };
 
-// The dynamic shared memory: Routing, for several tokens | weights | sums | rings.
+// The dynamic shared memory: barriers | Routing, for several tokens | weights | sums | rings.
 struct Layout {
-  int weights, sums, rings, end;
+  int routing, weights, sums, rings, end;
 
   __host__ __device__ Layout(const StreamConfig& config, int num_tokens, int num_assignments, int num_sums) {
-    weights = num_tokens > 1 ? sizeof(Routing) : 0;
+    routing = round_up(8 * config.warps * config.stages);
+    weights = routing + (num_tokens > 1 ? sizeof(Routing) : 0);
     sums = weights + round_up(4 * num_assignments);
     rings = sums + round_up(4 * num_sums);
-    end = rings + config.warps * config.stages * kGroupBytes;
+    end = rings + config.warps * config.stages * stage_bytes(config);
   }
   __host__ __device__ static constexpr int round_up(int bytes) { return (bytes + 15) / 16 * 16; }
 };
@@ -282,17 +311,17 @@ struct Layout {
 __device__ __forceinline__ float silu(float x) { return __fdividef(x, 1.0f + __expf(-x)); }
 __device__ __forceinline__ float rounded(float x) { return __bfloat162float(__float2bfloat16_rn(x)); }
 
-template <bool kPow2, bool kOneToken, int kStages>
+template <bool kPow2, bool kOneToken>
 __global__ void __launch_bounds__(32 * kMaxWarps, 1) gate_up_kernel(const __grid_constant__ FewTokensMoeParams p) {
   extern __shared__ __align__(128) unsigned char shared[];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, group = lane / 4, quad = lane % 4;
   const Layout layout(p.gate_up, p.num_tokens, 0, 0);
-  Ring<kStages> ring(shared_address(shared + layout.rings));
+  Ring ring(shared_address(shared + layout.rings), shared_address(shared), p.gate_up, p.hidden_size);
 
   pdl_wait();
   // After the wait and not before: down_kernel reads topk_ids and topk_weights as soon as all blocks have come here.
   pdl_trigger();
-  const Batch<kOneToken> batch(*reinterpret_cast<Routing*>(shared), p);
+  const Batch<kOneToken> batch(*reinterpret_cast<Routing*>(shared + layout.routing), p);
 
   const int blocks = p.hidden_size / kBlock, tiles = p.intermediate_size / 8, scale_rows = p.intermediate_size / kBlock;
   const int num_items = batch.num_entries * tiles, step = gridDim.x * p.gate_up.warps;
@@ -312,8 +341,8 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1) gate_up_kernel(const __grid
     Entry entry;
     if (!find(fetched_item, entry)) return rows;
     const int64_t half = static_cast<int64_t>(p.intermediate_size) * p.hidden_size;
-    const int64_t column = fetched_item % tiles * 8 + group;
-    const uint8_t* first = static_cast<const uint8_t*>(p.w13) + 2 * entry.expert * half + column * p.hidden_size + quad * 16;
+    const int64_t column = fetched_item % tiles * 8;
+    const uint8_t* first = static_cast<const uint8_t*>(p.w13) + 2 * entry.expert * half + column * p.hidden_size;
     rows.upper = first + (p.up_first ? half : 0);
     rows.lower = first + (p.up_first ? 0 : half);
     rows.blocks = blocks;
@@ -340,7 +369,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1) gate_up_kernel(const __grid
     return tile;
   };
 
-  multiply_all<kPow2, kOneToken>(ring, next_rows, next_tile, [&](const Tile& tile, const float (&acc)[4]) {
+  multiply_all<kPow2, kOneToken>(next_tile(), ring, next_rows, next_tile, [&](const Tile& tile, const float (&acc)[4]) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       if (2 * quad + i >= tile.count) continue;
@@ -352,19 +381,19 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1) gate_up_kernel(const __grid
   });
 }
 
-template <bool kPow2, bool kOneToken, int kStages>
+template <bool kPow2, bool kOneToken>
 __global__ void __launch_bounds__(32 * kMaxWarps, 1) down_kernel(const __grid_constant__ FewTokensMoeParams p) {
   extern __shared__ __align__(128) unsigned char shared[];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, group = lane / 4, quad = lane % 4;
   const int assignments = p.num_tokens * p.top_k;
   const Layout layout(p.down, p.num_tokens, assignments, assignments * p.split * kRows);
-  Ring<kStages> ring(shared_address(shared + layout.rings));
+  Ring ring(shared_address(shared + layout.rings), shared_address(shared), p.down, p.intermediate_size);
   float* weights = reinterpret_cast<float*>(shared + layout.weights);
   float* sums = reinterpret_cast<float*>(shared + layout.sums);
 
   // Before the wait. The only kernel that may still run is gate_up_kernel, which writes neither ids nor weights, and
   // whose blocks let this one start after they had waited for all kernels before: what those wrote is here.
-  const Batch<kOneToken> batch(*reinterpret_cast<Routing*>(shared), p);
+  const Batch<kOneToken> batch(*reinterpret_cast<Routing*>(shared + layout.routing), p);
 
   const int blocks = p.intermediate_size / kBlock, row_tiles = p.hidden_size / kRows;
   const int num_units = batch.num_entries * p.split;
@@ -391,9 +420,9 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1) down_kernel(const __grid_co
     Entry entry;
     if (!find(fetched, entry, row_tiles - 1)) return rows;
     const int part = fetched.unit % p.split, begin = first_block(part);
-    const int64_t row = static_cast<int64_t>(entry.expert) * p.hidden_size + fetched.row_tile * kRows + group;
-    rows.upper = static_cast<const uint8_t*>(p.w2) + row * p.intermediate_size + begin * kBlock + quad * 16;
-    rows.lower = rows.upper + 8 * p.intermediate_size;
+    const int64_t row = static_cast<int64_t>(entry.expert) * p.hidden_size + fetched.row_tile * kRows;
+    rows.upper = static_cast<const uint8_t*>(p.w2) + row * p.intermediate_size + begin * kBlock;
+    rows.lower = rows.upper + kRows / 2 * p.intermediate_size;
     rows.blocks = first_block(part + 1) - begin;
     fetched.unit += p.down.warps;
     return rows;
@@ -407,30 +436,33 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1) down_kernel(const __grid_co
     }
   }
 
+  int row_tile = blockIdx.x;
+  Place place = {row_tile, warp};
+  auto next_tile = [&] {
+    Tile tile;
+    Entry entry;
+    if (!find(place, entry, row_tile)) return tile;
+    tile.set_entry(entry);
+    tile.part = place.unit % p.split;
+    const int begin = first_block(tile.part);
+    tile.blocks = first_block(tile.part + 1) - begin;
+    if (tile.lane_token() < entry.count) {
+      const int64_t assignment = batch.assignment(entry.first, tile.lane_token());
+      tile.row = static_cast<const Bf16*>(p.hidden) + assignment * p.intermediate_size + begin * kBlock + quad * 16;
+    }
+    const int64_t scale_row = static_cast<int64_t>(entry.expert) * (p.hidden_size / kBlock) + row_tile * kRows / kBlock;
+    const float* scales = p.w2_scale + scale_row * blocks + begin;
+    tile.load_scales(scales, scales);
+    place.unit += p.down.warps;
+    return tile;
+  };
+  Tile first = next_tile();
+
   pdl_wait();
   pdl_trigger();
 
-  for (int row_tile = blockIdx.x; row_tile < row_tiles; row_tile += gridDim.x) {
-    Place place = {row_tile, warp};
-    auto next_tile = [&] {
-      Tile tile;
-      Entry entry;
-      if (!find(place, entry, row_tile)) return tile;
-      tile.set_entry(entry);
-      tile.part = place.unit % p.split;
-      const int begin = first_block(tile.part);
-      tile.blocks = first_block(tile.part + 1) - begin;
-      if (tile.lane_token() < entry.count) {
-        const int64_t assignment = batch.assignment(entry.first, tile.lane_token());
-        tile.row = static_cast<const Bf16*>(p.hidden) + assignment * p.intermediate_size + begin * kBlock + quad * 16;
-      }
-      const int64_t scale_row = static_cast<int64_t>(entry.expert) * (p.hidden_size / kBlock) + row_tile * kRows / kBlock;
-      const float* scales = p.w2_scale + scale_row * blocks + begin;
-      tile.load_scales(scales, scales);
-      place.unit += p.down.warps;
-      return tile;
-    };
-    multiply_all<kPow2, kOneToken>(ring, next_rows, next_tile, [&](const Tile& tile, const float (&acc)[4]) {
+  while (row_tile < row_tiles) {
+    multiply_all<kPow2, kOneToken>(first, ring, next_rows, next_tile, [&](const Tile& tile, const float (&acc)[4]) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         if (2 * quad + i >= tile.count) continue;
@@ -456,26 +488,18 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1) down_kernel(const __grid_co
       Bf16* out = static_cast<Bf16*>(p.out) + token * p.out_stride + row_tile * kRows + 2 * pair;
       *reinterpret_cast<__nv_bfloat162*>(out) = __floats2bfloat162_rn(total.x, total.y);
     }
-    if (row_tile + gridDim.x < row_tiles) __syncthreads();
+    row_tile += gridDim.x;
+    if (row_tile >= row_tiles) break;
+    __syncthreads();
+    place = {row_tile, warp};
+    first = next_tile();
   }
 }
 
 using Kernel = void (*)(FewTokensMoeParams);
 
-template <bool kPow2, bool kOneToken, bool kDown>
-Kernel kernel_of(int stages) {
-  switch (stages) {
-    case 3: return kDown ? down_kernel<kPow2, kOneToken, 3> : gate_up_kernel<kPow2, kOneToken, 3>;
-    case 4: return kDown ? down_kernel<kPow2, kOneToken, 4> : gate_up_kernel<kPow2, kOneToken, 4>;
-    case 6: return kDown ? down_kernel<kPow2, kOneToken, 6> : gate_up_kernel<kPow2, kOneToken, 6>;
-    case 8: return kDown ? down_kernel<kPow2, kOneToken, 8> : gate_up_kernel<kPow2, kOneToken, 8>;
-  }
-  return nullptr;
-}
-
 cudaError_t launch_stream(Kernel kernel, const FewTokensMoeParams& p, const StreamConfig& config, int tiles,
                           const Layout& layout, bool pdl, cudaStream_t stream) {
-  if (kernel == nullptr) return cudaErrorInvalidValue;
   const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, layout.end);
   if (error != cudaSuccess) return error;
   const int blocks = config.blocks > 0 ? std::min(config.blocks, tiles) : tiles;
@@ -487,14 +511,14 @@ cudaError_t launch_gate_up(const FewTokensMoeParams& p, cudaStream_t stream) {
   // Entries are at most assignments: more blocks would have nothing to do.
   const int items = p.num_tokens * p.top_k * (p.intermediate_size / 8);
   const int blocks = std::max(1, (items + p.gate_up.warps - 1) / p.gate_up.warps);
-  return launch_stream(kernel_of<kPow2, kOneToken, false>(p.gate_up.stages), p, p.gate_up, blocks,
+  return launch_stream(gate_up_kernel<kPow2, kOneToken>, p, p.gate_up, blocks,
                        Layout(p.gate_up, p.num_tokens, 0, 0), p.pdl, stream);
 }
 
 template <bool kPow2, bool kOneToken>
 cudaError_t launch_down(const FewTokensMoeParams& p, cudaStream_t stream) {
   const int assignments = p.num_tokens * p.top_k;
-  return launch_stream(kernel_of<kPow2, kOneToken, true>(p.down.stages), p, p.down, p.hidden_size / kRows,
+  return launch_stream(down_kernel<kPow2, kOneToken>, p, p.down, p.hidden_size / kRows,
                        Layout(p.down, p.num_tokens, assignments, assignments * p.split * kRows), true, stream);
 }
 
@@ -521,8 +545,8 @@ cudaError_t configure_few_tokens_moe(FewTokensMoeParams& p) {
     if (error != cudaSuccess) return error;
   }
   p.split = (p.intermediate_size / kBlock + kMaxBlocks - 1) / kMaxBlocks;
-  p.gate_up = {4, 6, sms};
-  p.down = {3, 8, 0};
+  p.gate_up = {8, 1, 6, 2 * sms};
+  p.down = {6, 1, 8, 0};
   return cudaSuccess;
 }
 

@@ -10,9 +10,10 @@ constexpr int kMaxAssignments = 512;  // num_tokens * top_k
 constexpr int kMaxExperts = 1024;     // on this GPU
 constexpr int kMaxBlocks = 64;        // of 128 columns in a warp's rows
 
-// A warp streams weights through a ring in shared memory, `stages` groups of 4 KiB.
+// A warp streams weights through a ring in shared memory of `stages` buffers of 16 rows by `chunk` blocks of 128 bytes.
 struct StreamConfig {
-  int32_t stages;  // 3, 4, 6 or 8
+  int32_t chunk;   // even
+  int32_t stages;
   int32_t warps;   // of a block, at most 16
   int32_t blocks;  // of the grid, at most; 0: one for every tile
 };
