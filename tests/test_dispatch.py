@@ -72,3 +72,17 @@ def test_imports_no_vllm():
     code = "import sys, vllm_b200_plugin.dispatch; print('vllm' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_experts_for_few_tokens_end_at_the_limit():
+    layer = (8, 128, 2048, 768, (9, 0))
+    limit = dispatch.few_tokens_limit(*layer)
+    assert 1 <= limit <= 64
+    assert dispatch.few_tokens_moe(limit, *layer).kernel == dispatch.FEW_TOKENS
+    beyond = dispatch.few_tokens_moe(limit + 1, *layer)
+    assert beyond.kernel == dispatch.VLLM and str(limit) in beyond.reason
+
+
+def test_experts_for_few_tokens_with_many_experts_each():
+    topk = dispatch.FEW_TOKENS_MOE_ASSIGNMENTS // 2
+    assert dispatch.few_tokens_limit(topk, 512, 2048, 768, (9, 0)) <= 2

@@ -40,8 +40,9 @@ one = dict(tp_size=1, pcp_size=1, dp_size=1, ep_size=1, tp_rank=0, pcp_rank=0, d
 
 def layer(parallel={{}}, **changes):
     settings = dict(num_experts=E, experts_per_token=K, hidden_dim=H, intermediate_size=I, num_local_experts=E,
-        num_logical_experts=E, activation=MoEActivation.SILU, device="cpu", routing_method=RoutingMethodType.Renormalize,
-        moe_parallel_config=FusedMoEParallelConfig(**(one | parallel)), in_dtype=torch.bfloat16)
+        num_logical_experts=E, activation=MoEActivation.SILU, device="cpu", in_dtype=torch.bfloat16,
+        routing_method=RoutingMethodType.Renormalize,
+        moe_parallel_config=FusedMoEParallelConfig(**(one | parallel)))
     return FusedMoEConfig(**(settings | changes))
 
 rng = torch.Generator().manual_seed(0)
@@ -102,7 +103,8 @@ def apply(**arguments):
     seen.append({"dtype": str(arguments["hidden_states"].dtype), "scale": arguments["a1q_scale"].shape[-1]})
     arguments["output"].zero_()
 theirs.apply = apply
-no_dp_ep.moe_kernel_quantize_input = lambda a, *args, **kwargs: (a.to(torch.float8_e4m3fn), torch.ones(len(a), H // 128))
+no_dp_ep.moe_kernel_quantize_input = lambda a, *args, **kwargs: (
+    a.to(torch.float8_e4m3fn), torch.ones(len(a), H // 128))
 
 def run(num_tokens, experts=slice(0, E), expert_map=None, on_input=False, topk=K):
     rng = torch.Generator().manual_seed(num_tokens)
@@ -155,15 +157,9 @@ def test_selection(capability):
             assert picks[refused] == "TritonExperts", refused
         assert picks["gelu"] == "TritonExperts"
         assert picks["packed scales"] == "TritonExperts"
-        for words in (
-            "blocks of 128x128",
-            "bfloat16",
-            "silu without a limit",
-            "LoRA",
-            "float32 scales",
-            "BATCH_INVARIANT",
-        ):
-            assert any(words in line for line in lines), words
+        reasons = ("blocks of 128x128", "bfloat16", "silu without a limit", "LoRA", "float32 scales", "BATCH_INVARIANT")
+        for reason in reasons:
+            assert any(reason in line for line in lines), reason
 
 
 def test_few_tokens_are_ours_and_many_are_theirs():
