@@ -7,11 +7,12 @@ namespace {
 
 void check_contiguous(const Tensor& tensor, const char* name, ScalarType dtype, std::initializer_list<int64_t> shape) {
   STD_TORCH_CHECK(tensor.scalar_type() == dtype, name, ": wrong dtype");
-  STD_TORCH_CHECK(tensor.dim() == static_cast<int64_t>(shape.size()), name, ": takes ", shape.size(), " dimensions, got ",
-                  tensor.dim());
+  STD_TORCH_CHECK(tensor.dim() == static_cast<int64_t>(shape.size()), name, ": takes ", shape.size(),
+                  " dimensions, got ", tensor.dim());
   int64_t dim = 0;
   for (const int64_t size : shape) {
-    STD_TORCH_CHECK(tensor.size(dim) == size, name, ": takes ", size, " in dimension ", dim, ", got ", tensor.size(dim));
+    STD_TORCH_CHECK(tensor.size(dim) == size, name, ": takes ", size, " in dimension ", dim, ", got ",
+                    tensor.size(dim));
     ++dim;
   }
   STD_TORCH_CHECK(tensor.is_contiguous() && reinterpret_cast<uintptr_t>(tensor.data_ptr()) % 16 == 0, name,
@@ -21,8 +22,8 @@ void check_contiguous(const Tensor& tensor, const char* name, ScalarType dtype, 
 // Rows may be strided.
 void check_rows(const Tensor& tensor, const char* name, int64_t rows, int64_t columns) {
   STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::BFloat16, name, ": takes bfloat16");
-  STD_TORCH_CHECK(tensor.dim() == 2 && tensor.size(0) == rows && tensor.size(1) == columns, name, ": takes [", rows, ", ",
-                  columns, "]");
+  STD_TORCH_CHECK(tensor.dim() == 2 && tensor.size(0) == rows && tensor.size(1) == columns, name, ": takes [", rows,
+                  ", ", columns, "]");
   STD_TORCH_CHECK(tensor.stride(1) == 1 && (rows < 2 || tensor.stride(0) % 8 == 0) &&
                       reinterpret_cast<uintptr_t>(tensor.data_ptr()) % 16 == 0,
                   name, ": takes rows that start at multiples of 16 bytes and a last stride of 1");

@@ -363,7 +363,8 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1) gate_up_kernel(const __grid
       const int token = kOneToken ? 0 : batch.assignment(entry.first, tile.lane_token()) / p.top_k;
       tile.row = static_cast<const Bf16*>(p.x) + token * p.x_stride + quad * 16;
     }
-    const float* scales = p.w13_scale + (static_cast<int64_t>(entry.expert) * 2 * scale_rows + tile.column / kBlock) * blocks;
+    const int64_t scale_row = static_cast<int64_t>(entry.expert) * 2 * scale_rows + tile.column / kBlock;
+    const float* scales = p.w13_scale + scale_row * blocks;
     tile.load_scales(scales + (p.up_first ? scale_rows * blocks : 0), scales + (p.up_first ? 0 : scale_rows * blocks));
     tile_item += step;
     return tile;
