@@ -74,15 +74,18 @@ def test_imports_no_vllm():
     assert done.stdout.strip() == "False"
 
 
-def test_experts_for_few_tokens_end_at_the_limit():
-    layer = (8, 128, 2048, 768, (9, 0))
-    limit = dispatch.few_tokens_limit(*layer)
-    assert 1 <= limit <= 64
+@pytest.mark.parametrize("hidden_size, intermediate_size, limit", [(2048, 768, 4), (2048, 384, 4), (7168, 2048, 1)])
+def test_experts_for_few_tokens_end_at_the_limit(hidden_size, intermediate_size, limit):
+    layer = (8, 128, hidden_size, intermediate_size, (9, 0))
+    assert dispatch.few_tokens_limit(*layer) == limit
     assert dispatch.few_tokens_moe(limit, *layer).kernel == dispatch.FEW_TOKENS
     beyond = dispatch.few_tokens_moe(limit + 1, *layer)
-    assert beyond.kernel == dispatch.VLLM and str(limit) in beyond.reason
+    assert beyond.kernel == VLLM and f"{limit} at most" in beyond.reason
 
 
-def test_experts_for_few_tokens_with_many_experts_each():
-    topk = dispatch.FEW_TOKENS_MOE_ASSIGNMENTS // 2
-    assert dispatch.few_tokens_limit(topk, 512, 2048, 768, (9, 0)) <= 2
+@pytest.mark.parametrize("topk, capability, words", [(2, (9, 0), "2 experts"), (8, (10, 0), "9.0 alone")])
+def test_experts_for_few_tokens_only_where_measured(topk, capability, words):
+    layer = (topk, 128, 2048, 768, capability)
+    assert dispatch.few_tokens_limit(*layer) == 0
+    choice = dispatch.few_tokens_moe(1, *layer)
+    assert choice.kernel == VLLM and words in choice.reason

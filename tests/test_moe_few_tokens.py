@@ -34,7 +34,7 @@ from vllm_b200_plugin.ops.moe import few_tokens_moe
 
 torch.accelerator.empty_cache = lambda: None
 init_workspace_manager(torch.device("cpu"))
-E, K, H, I, N = 8, 2, 256, 128, 256
+E, K, H, I = 8, 4, 256, 128
 one = dict(tp_size=1, pcp_size=1, dp_size=1, ep_size=1, tp_rank=0, pcp_rank=0, dp_rank=0, ep_rank=0, sp_size=1,
            use_ep=False, all2all_backend="allgather_reducescatter", enable_eplb=False)
 
@@ -84,6 +84,7 @@ picks = {
     "gelu": name(layer(activation=MoEActivation.GELU)),
     "swiglu limit": name(layer(swiglu_limit=7.0)),
     "LoRA": name(layer(is_lora_enabled=True)),
+    "two experts": name(layer(experts_per_token=2)),
     "odd size": name(layer(intermediate_size=192)),
     "packed scales": name(scales=(s13.int(), s2.int())),
     "batch invariant": name(environment={"VLLM_BATCH_INVARIANT": "1"}),
@@ -147,13 +148,22 @@ def test_selection(capability):
     picks, lines, results, cuda = child(capability, SELECTION)
     assert results["moe_few_tokens"] == "applied" and not cuda
     triton = "B200FewTokensTritonExperts"
-    assert picks["--moe-backend triton"] == triton
+    assert picks["--moe-backend triton"] == (triton if capability == (9, 0) else "TritonExperts")
     assert picks["--moe-backend deep_gemm"] == ["B200FewTokensTritonOrDeepGemmExperts"]
     assert picks["--moe-backend marlin"] == ["MarlinExperts"]
     if capability == (9, 0):
         assert picks["plain"] == triton
         assert any("our two kernels up to" in line and "TritonExperts" in line for line in lines)
-        for refused in ("block 64", "float16", "swiglu limit", "LoRA", "odd size", "batch invariant", "disabled"):
+        for refused in (
+            "block 64",
+            "float16",
+            "swiglu limit",
+            "LoRA",
+            "two experts",
+            "odd size",
+            "batch invariant",
+            "disabled",
+        ):
             assert picks[refused] == "TritonExperts", refused
         assert picks["gelu"] == "TritonExperts"
         assert picks["packed scales"] == "TritonExperts"

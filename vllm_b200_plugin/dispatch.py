@@ -22,8 +22,13 @@ SWAP_AB_BELOW = 8
 # Where vLLM passes from FlashInfer's kernel, which scales activations in plain fp32, to DeepGEMM's scale format. The
 # numbers of a layer stay vLLM's, so this stays its threshold.
 PLAIN_SCALES_BELOW = 32
-FEW_TOKENS_MOE = 32
-FEW_TOKENS_MOE_ASSIGNMENTS = 512
+# On an H200 against vLLM 0.32's Triton experts, all of the layer after the router: 128 experts of 2048x768, 8 a token,
+# 18 us against 29 with one token, 33 against 38 with two, 50 against 53 with four, level with eight. 256 experts of
+# 7168x2048: 99 us with one token, where the two Triton products alone take as long; more tokens were not compared.
+FEW_TOKENS_MOE = 4
+FEW_TOKENS_MOE_LARGE_EXPERTS = 1
+LARGE_EXPERT_BYTES = 8 << 20
+MIN_TOPK = 4  # fewer leave warps without work
 
 
 @dataclass(frozen=True)
@@ -122,7 +127,10 @@ def few_tokens_limit(
         num_experts, hidden_size, intermediate_size: of the layer on this GPU.
         capability: compute capability, for example (9, 0).
     """
-    return min(FEW_TOKENS_MOE, FEW_TOKENS_MOE_ASSIGNMENTS // topk)
+    if capability != (9, 0) or topk < MIN_TOPK:
+        return 0
+    large = 3 * hidden_size * intermediate_size > LARGE_EXPERT_BYTES
+    return FEW_TOKENS_MOE_LARGE_EXPERTS if large else FEW_TOKENS_MOE
 
 
 @functools.lru_cache(maxsize=1 << 12)  # asked in every eager call of a layer
@@ -131,6 +139,10 @@ def few_tokens_moe(
 ) -> Choice:
     """Our kernels for few tokens or vLLM's experts. Arguments as for few_tokens_limit."""
     limit = few_tokens_limit(topk, num_experts, hidden_size, intermediate_size, capability)
+    if capability != (9, 0):
+        return Choice(VLLM, "our kernels for few tokens were measured on compute capability 9.0 alone")
+    if topk < MIN_TOPK:
+        return Choice(VLLM, f"{topk} experts a token leave warps of ours without work, they need {MIN_TOPK}")
     if num_tokens > limit:
         return Choice(VLLM, f"{num_tokens} tokens, ours are for {limit} at most")
     return Choice(FEW_TOKENS, f"{num_tokens} tokens, {limit} at most")

@@ -189,7 +189,11 @@ def refusal(moe_config: Any, quant_config: Any) -> str | None:
     )
     if tuple(tuple(scale.shape) for scale in scales) != expected:
         return f"ours need scales of the shapes {expected}, got {[tuple(scale.shape) for scale in scales]}"
-    return few_tokens_refusal(topk, num_experts, hidden_size, intermediate_size)
+    choice = dispatch.few_tokens_moe(1, *_sizes(moe_config), vllm_compat.capability() or (0, 0))
+    if choice.kernel != dispatch.FEW_TOKENS:
+        return choice.reason
+    limit = dispatch.few_tokens_limit(*_sizes(moe_config), vllm_compat.capability() or (0, 0))
+    return few_tokens_refusal(limit * topk, num_experts, hidden_size, intermediate_size)
 
 
 @functools.cache
