@@ -22,9 +22,10 @@ SWAP_AB_BELOW = 8
 # Where vLLM passes from FlashInfer's kernel, which scales activations in plain fp32, to DeepGEMM's scale format. The
 # numbers of a layer stay vLLM's, so this stays its threshold.
 PLAIN_SCALES_BELOW = 32
-# On an H200 against vLLM 0.32's Triton experts, all of the layer after the router: 128 experts of 2048x768, 8 a token,
-# 18 us against 29 with one token, 33 against 38 with two, 50 against 53 with four, level with eight. 256 experts of
-# 7168x2048: 99 us with one token, where the two Triton products alone take as long; more tokens were not compared.
+# On an H200 against vLLM 0.32's Triton experts, all of the layer after the router (moe_few_tokens_sweep.csv and
+# fused_experts.jsonl in benchmarks/results/h200, two runs): 128 experts of 2048x768, 8 a token, 18 us against 29 with
+# one token, 33 against 38 with two, 50 against 53 with four, 81 against 84 with eight, slower with more. 256 experts
+# of 7168x2048: 99 us with one token, as long as Triton's two products without the rest; more were not compared.
 FEW_TOKENS_MOE = 4
 FEW_TOKENS_MOE_LARGE_EXPERTS = 1
 LARGE_EXPERT_BYTES = 8 << 20

@@ -43,7 +43,8 @@ class B200FewTokensExperts:
         super().__init__(moe_config, quant_config)  # type: ignore[call-arg]
         self._theirs = self.theirs(moe_config, quant_config)
         self._capability = vllm_compat.capability() or (0, 0)
-        self._ue8m0 = bool(vllm_compat.UE8M0_SCALES.get()())
+        # FlashInfer's CUTLASS experts quantise by themselves, with plain scales.
+        self._ue8m0 = not self.up_first and bool(vllm_compat.UE8M0_SCALES.get()())
         limit = dispatch.few_tokens_limit(*_sizes(moe_config), self._capability)
         report.chosen(
             _LAYER_KIND, _NAME, f"our two kernels up to {limit} tokens, else {self.theirs.__name__}, vLLM's choice"
