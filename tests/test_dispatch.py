@@ -96,3 +96,20 @@ def test_imports_no_vllm():
     code = "import sys, vllm_b200_plugin.dispatch; print('vllm' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize("hidden_size, intermediate_size, limit", [(2048, 768, 4), (2048, 384, 4), (7168, 2048, 1)])
+def test_experts_for_few_tokens_end_at_the_limit(hidden_size, intermediate_size, limit):
+    layer = (8, 128, hidden_size, intermediate_size, (9, 0))
+    assert dispatch.few_tokens_limit(*layer) == limit
+    assert dispatch.few_tokens_moe(limit, *layer).kernel == dispatch.FEW_TOKENS
+    beyond = dispatch.few_tokens_moe(limit + 1, *layer)
+    assert beyond.kernel == VLLM and f"{limit} at most" in beyond.reason
+
+
+@pytest.mark.parametrize("topk, capability, words", [(2, (9, 0), "2 experts"), (8, (10, 0), "9.0 alone")])
+def test_experts_for_few_tokens_only_where_measured(topk, capability, words):
+    layer = (topk, 128, 2048, 768, capability)
+    assert dispatch.few_tokens_limit(*layer) == 0
+    choice = dispatch.few_tokens_moe(1, *layer)
+    assert choice.kernel == VLLM and words in choice.reason

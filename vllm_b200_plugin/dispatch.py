@@ -14,6 +14,7 @@ TRITON = "triton"
 REFERENCE = "reference"  # in PyTorch, on CPU
 GATE = "gate"  # our gate of MoE layers, for few tokens
 ROUTER = "router"  # the gate with the selection of experts, in one kernel
+FEW_TOKENS = "few_tokens"  # ours for MoE layers
 VLLM = "vllm"  # none of ours: vLLM goes on through its own list
 
 GROUP_SIZE = 128
@@ -23,6 +24,14 @@ SWAP_AB_BELOW = 8
 # Where vLLM passes from FlashInfer's kernel, which scales activations in plain fp32, to DeepGEMM's scale format. The
 # numbers of a layer stay vLLM's, so this stays its threshold.
 PLAIN_SCALES_BELOW = 32
+# On an H200 against vLLM 0.32's Triton experts, all of the layer after the router (moe_few_tokens_sweep.csv and
+# fused_experts.jsonl in benchmarks/results/h200, two runs): 128 experts of 2048x768, 8 a token, 18 us against 29 with
+# one token, 33 against 38 with two, 50 against 53 with four, 81 against 84 with eight, slower with more. 256 experts
+# of 7168x2048: 99 us with one token, as long as Triton's two products without the rest; more were not compared.
+FEW_TOKENS_MOE = 4
+FEW_TOKENS_MOE_LARGE_EXPERTS = 1
+LARGE_EXPERT_BYTES = 8 << 20
+MIN_TOPK = 4  # fewer leave warps without work
 
 
 @dataclass(frozen=True)
@@ -149,3 +158,35 @@ def fused_router(num_tokens: int, num_experts: int, hidden_size: int) -> Choice:
     if num_tokens < FUSED_ROUTER_FROM:
         return Choice(GATE, f"two kernels: {num_tokens} tokens, below {FUSED_ROUTER_FROM}")
     return Choice(ROUTER, f"one kernel from {FUSED_ROUTER_FROM} tokens on, else two")
+
+
+@functools.lru_cache(maxsize=1 << 12)
+def few_tokens_limit(
+    topk: int, num_experts: int, hidden_size: int, intermediate_size: int, capability: tuple[int, int]
+) -> int:
+    """Up to how many tokens our kernels for few tokens take an FP8 block-scaled MoE layer; 0: none.
+
+    Args:
+        topk: experts of a token.
+        num_experts, hidden_size, intermediate_size: of the layer on this GPU.
+        capability: compute capability, for example (9, 0).
+    """
+    if capability != (9, 0) or topk < MIN_TOPK:
+        return 0
+    large = 3 * hidden_size * intermediate_size > LARGE_EXPERT_BYTES
+    return FEW_TOKENS_MOE_LARGE_EXPERTS if large else FEW_TOKENS_MOE
+
+
+@functools.lru_cache(maxsize=1 << 12)  # asked in every eager call of a layer
+def few_tokens_moe(
+    num_tokens: int, topk: int, num_experts: int, hidden_size: int, intermediate_size: int, capability: tuple[int, int]
+) -> Choice:
+    """Our kernels for few tokens or vLLM's experts. Arguments as for few_tokens_limit."""
+    limit = few_tokens_limit(topk, num_experts, hidden_size, intermediate_size, capability)
+    if capability != (9, 0):
+        return Choice(VLLM, "our kernels for few tokens were measured on compute capability 9.0 alone")
+    if topk < MIN_TOPK:
+        return Choice(VLLM, f"{topk} experts a token leave warps of ours without work, they need {MIN_TOPK}")
+    if num_tokens > limit:
+        return Choice(VLLM, f"{num_tokens} tokens, ours are for {limit} at most")
+    return Choice(FEW_TOKENS, f"{num_tokens} tokens, {limit} at most")

@@ -99,6 +99,14 @@ FEATURES: tuple[Feature, ...] = (
         after="vllm.model_executor.layers.fused_moe.router.fused_topk_router",
     ),
     Feature(
+        name="moe_few_tokens",
+        changes="FP8 block-scaled experts with few tokens: two kernels in place of vLLM's chain of ten; more tokens "
+        "go to the experts that vLLM chose",
+        needs="the CUDA library, compute capability 9.0, 10.0, 10.3 or 12.0",
+        module="vllm_b200_plugin.integration.moe_few_tokens",
+        after="vllm.model_executor.layers.fused_moe.oracle.fp8",
+    ),
+    Feature(
         name="cpu_fp8_moe",
         changes="FP8 block-scaled experts on CPU: the reference with real W8A8 arithmetic, on any processor",
         needs="vLLM's CPU platform",

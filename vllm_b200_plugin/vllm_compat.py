@@ -156,6 +156,20 @@ MOE_PRIORITY = Private(
 MOE_EXPERTS = Private(
     _MOE_ORACLE, "backend_to_kernel_cls", "function: backend -> experts classes", "to name our class", _OOT_MOE
 )
+MOE_QUANTIZE_INPUT = Private(
+    "vllm.model_executor.layers.fused_moe.prepare_finalize.no_dp_ep",
+    "_quantize_input",
+    "function: quantises a layer's input as its quant_config says",
+    "ours take the input unquantised; before vLLM's experts we do what vLLM would have done",
+    "a choice of experts for each call (its own experts need one too)",
+)
+UE8M0_SCALES = Private(
+    "vllm.utils.deep_gemm",
+    "is_deep_gemm_e8m0_used",
+    "function: whether vLLM rounds the scales of activations up to powers of two",
+    "our experts quantise as vLLM's do",
+    "-",
+)
 CPU_FP8_EXPERTS = Private(
     "vllm.model_executor.layers.fused_moe.experts.cpu_moe",
     "CPUExpertsFp8",

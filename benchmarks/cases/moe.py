@@ -122,7 +122,7 @@ ALIGN_NUM_TOKENS = (1, 16, 256, 1024, 4096, 16384)
 TOP_K_NUM_TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384)
 ROUTER_NUM_TOKENS = (1, 2, 4, 8, 16, 32)
 SUM_NUM_TOKENS = (1, 16, 256, 4096)
-EXPERTS_NUM_TOKENS = (1, 2, 4, 8, 16, 64)
+EXPERTS_NUM_TOKENS = (1, 2, 4, 8, 16, 32, 64)
 
 
 def align_benchmarks() -> Iterator[MoeAlignCase]:
@@ -151,3 +151,36 @@ def sum_benchmarks() -> Iterator[MoeSumCase]:
 def fused_experts_benchmarks() -> Iterator[FusedExpertsCase]:
     for num_tokens in EXPERTS_NUM_TOKENS:
         yield FusedExpertsCase(num_tokens, 128, 2048, 768)  # Qwen3-30B-A3B
+    for num_tokens in (1, 4, 16):
+        yield FusedExpertsCase(num_tokens, 256, 7168, 2048)  # DeepSeek-V3
+
+
+@dataclass(frozen=True)
+class FewTokensCase:
+    """The experts of one layer for few tokens, on FP8 operands with block scales."""
+
+    num_tokens: int
+    num_experts: int
+    top_k: int
+    hidden_size: int
+    intermediate_size: int
+    routing: str = "random"
+    ids: str = "int32"
+    ue8m0: bool = False
+
+    def __str__(self) -> str:
+        sizes = f"{self.num_tokens}-E{self.num_experts}-k{self.top_k}-{self.hidden_size}x{self.intermediate_size}"
+        return f"{sizes}-{self.routing}-{self.ids}{'-ue8m0' * self.ue8m0}"
+
+
+ROUTINGS = ("random", "one_expert", "one_empty", "duplicated", "half_missing", "all_missing")
+
+
+def few_tokens_tests() -> Iterator[FewTokensCase]:
+    for i, (routing, num_tokens) in enumerate(product(ROUTINGS, (1, 2, 7, 16, 33))):
+        yield FewTokensCase(num_tokens, 12, 4, 384, 256, routing, ("int32", "int64")[i % 2], i % 3 == 1)
+    yield FewTokensCase(64, 20, 8, 128, 128)
+    yield FewTokensCase(3, 5, 1, 128, 640)
+    yield FewTokensCase(1, 5, 2, 1152, 1536)
+    yield FewTokensCase(4, 300, 8, 256, 128, ids="int64")
+    yield FewTokensCase(9, 4, 2, 512, 1408, "one_expert", ue8m0=True)

@@ -1,4 +1,4 @@
-"""The routed experts of a layer with FP8 block-scaled weights: vLLM's fused Triton path.
+"""The routed experts of a layer with FP8 block-scaled weights: our kernels for few tokens, vLLM's fused Triton path.
 
 Engines differ in how they scale activations, by any fp32 or by a power of two; the check takes the nearer reference.
 """
@@ -10,7 +10,7 @@ import torch
 
 from benchmarks import families
 from benchmarks.cases.moe import TOP_K, FusedExpertsCase, fused_experts_benchmarks
-from benchmarks.families import Run
+from benchmarks.families import Missing, Run
 from benchmarks.families._common import (
     FP8_LIMIT,
     GROUP,
@@ -25,6 +25,7 @@ from benchmarks.families._common import (
     some_rows,
     verdict,
 )
+from vllm_b200_plugin.ops.moe import few_tokens_moe, few_tokens_refusal
 
 OP = "fused_experts"
 FUSED_MOE = "vllm.model_executor.layers.fused_moe"
@@ -57,6 +58,16 @@ def _operands(case: FusedExpertsCase, seed: int) -> tuple[torch.Tensor, ...]:
     return x, *w13, *w2, weights / weights.sum(1, keepdim=True), ids.int()
 
 
+def ours(case: FusedExpertsCase, seed: int, ue8m0: bool = False) -> Run:
+    assignments = case.num_tokens * TOP_K
+    if refusal := few_tokens_refusal(assignments, case.num_experts, case.hidden_size, case.intermediate_size):
+        raise Missing(refusal)
+    operands = _operands(case, seed)
+    out = torch.empty_like(operands[0])
+    hidden = out.new_empty((case.num_tokens, TOP_K, case.intermediate_size))
+    return Run(lambda: few_tokens_moe(*operands, ue8m0=ue8m0, hidden=hidden, out=out), (out,))
+
+
 def vllm_triton(case: FusedExpertsCase, seed: int) -> Run:
     fused_experts = peer(f"{FUSED_MOE}.fused_moe", "fused_experts")
     make_config = peer(f"{FUSED_MOE}.config", "fp8_w8a8_moe_quant_config")
@@ -65,7 +76,7 @@ def vllm_triton(case: FusedExpertsCase, seed: int) -> Run:
     return Returned(lambda: fused_experts(x, w13, w2, weights, ids, quant_config=config))
 
 
-IMPLEMENTATIONS: dict[str, Callable[[FusedExpertsCase, int], Run]] = {"vllm_triton": vllm_triton}
+IMPLEMENTATIONS: dict[str, Callable[[FusedExpertsCase, int], Run]] = {"ours": ours, "vllm_triton": vllm_triton}
 
 
 def check(case: FusedExpertsCase, seed: int, outputs: tuple[torch.Tensor, ...]) -> tuple[bool, dict[str, Any]]:

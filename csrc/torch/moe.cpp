@@ -1,0 +1,114 @@
+#include "common.h"
+
+#include "../kernels/moe/few_tokens.h"
+
+namespace vllm_b200 {
+namespace {
+
+void check_contiguous(const Tensor& tensor, const char* name, ScalarType dtype, std::initializer_list<int64_t> shape) {
+  STD_TORCH_CHECK(tensor.scalar_type() == dtype, name, ": wrong dtype");
+  STD_TORCH_CHECK(tensor.dim() == static_cast<int64_t>(shape.size()), name, ": takes ", shape.size(),
+                  " dimensions, got ", tensor.dim());
+  int64_t dim = 0;
+  for (const int64_t size : shape) {
+    STD_TORCH_CHECK(tensor.size(dim) == size, name, ": takes ", size, " in dimension ", dim, ", got ",
+                    tensor.size(dim));
+    ++dim;
+  }
+  STD_TORCH_CHECK(tensor.is_contiguous() && reinterpret_cast<uintptr_t>(tensor.data_ptr()) % 16 == 0, name,
+                  ": takes a contiguous tensor that starts at a multiple of 16 bytes");
+}
+
+// Rows may be strided.
+void check_rows(const Tensor& tensor, const char* name, int64_t rows, int64_t columns) {
+  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::BFloat16, name, ": takes bfloat16");
+  STD_TORCH_CHECK(tensor.dim() == 2 && tensor.size(0) == rows && tensor.size(1) == columns, name, ": takes [", rows,
+                  ", ", columns, "]");
+  STD_TORCH_CHECK(tensor.stride(1) == 1 && (rows < 2 || tensor.stride(0) % 8 == 0) &&
+                      reinterpret_cast<uintptr_t>(tensor.data_ptr()) % 16 == 0,
+                  name, ": takes rows that start at multiples of 16 bytes and a last stride of 1");
+}
+
+}  // namespace
+
+// The op vllm_b200::few_tokens_moe on CUDA tensors; see vllm_b200_plugin/ops/moe.py. The Python wrapper has named what
+// is wrong in words; these checks keep a direct call of the op from reading or writing out of range.
+void few_tokens_moe_op(const Tensor& x, const Tensor& w13, const Tensor& w13_scale, const Tensor& w2,
+                    const Tensor& w2_scale, std::optional<Tensor> topk_weights, const Tensor& topk_ids,
+                    std::optional<Tensor> expert_map, Tensor hidden, Tensor out, bool up_first, bool ue8m0,
+                    bool pdl) {
+  STD_TORCH_CHECK(x.dim() == 2 && w13.dim() == 3 && topk_ids.dim() == 2,
+                  "x and topk_ids: take 2 dimensions; w13: takes 3");
+  const int64_t num_tokens = x.size(0), hidden_size = x.size(1), top_k = topk_ids.size(1);
+  const int64_t num_experts = w13.size(0), intermediate_size = w13.size(1) / 2;
+  STD_TORCH_CHECK(hidden_size % 128 == 0 && intermediate_size % 128 == 0 && hidden_size > 0 && intermediate_size > 0 &&
+                      intermediate_size < (1 << 20),
+                  "hidden and intermediate size: take multiples of 128, got ", hidden_size, " and ", intermediate_size);
+  STD_TORCH_CHECK(hidden_size <= 128 * kMaxBlocks, "hidden size: takes ", 128 * kMaxBlocks, " at most, got ",
+                  hidden_size);
+  STD_TORCH_CHECK(num_experts > 0 && num_experts <= kMaxExperts, "w13: takes 1 to ", kMaxExperts, " experts, got ",
+                  num_experts);
+  STD_TORCH_CHECK(num_tokens * top_k <= kMaxAssignments, "topk_ids: takes ", kMaxAssignments, " ids at most, got ",
+                  num_tokens * top_k);
+  check_rows(x, "x", num_tokens, hidden_size);
+  check_rows(out, "out", num_tokens, hidden_size);
+  const auto fp8 = ScalarType::Float8_e4m3fn;
+  check_contiguous(w13, "w13", fp8, {num_experts, 2 * intermediate_size, hidden_size});
+  check_contiguous(w13_scale, "w13_scale", ScalarType::Float,
+                   {num_experts, 2 * intermediate_size / 128, hidden_size / 128});
+  check_contiguous(w2, "w2", fp8, {num_experts, hidden_size, intermediate_size});
+  check_contiguous(w2_scale, "w2_scale", ScalarType::Float, {num_experts, hidden_size / 128, intermediate_size / 128});
+  check_contiguous(hidden, "hidden", ScalarType::BFloat16, {num_tokens, top_k, intermediate_size});
+  const bool ids_are_int64 = topk_ids.scalar_type() == ScalarType::Long;
+  STD_TORCH_CHECK(ids_are_int64 || topk_ids.scalar_type() == ScalarType::Int, "topk_ids: takes int32 or int64");
+  STD_TORCH_CHECK(topk_ids.size(0) == num_tokens && topk_ids.is_contiguous(), "topk_ids: takes [", num_tokens,
+                  ", top_k], contiguous");
+  const int32_t device = x.get_device_index();
+  for (const Tensor& tensor : {w13, w13_scale, w2, w2_scale, topk_ids, Tensor(hidden), Tensor(out)}) {
+    STD_TORCH_CHECK(tensor.get_device_index() == device, "all tensors: take one device");
+  }
+  if (topk_weights.has_value()) {
+    STD_TORCH_CHECK(topk_weights->scalar_type() == ScalarType::Float && topk_weights->is_contiguous() &&
+                        topk_weights->dim() == 2 && topk_weights->size(0) == num_tokens &&
+                        topk_weights->size(1) == top_k && topk_weights->get_device_index() == device,
+                    "topk_weights: takes float32 in the shape of topk_ids, contiguous");
+  }
+  if (expert_map.has_value()) {
+    STD_TORCH_CHECK(expert_map->scalar_type() == ScalarType::Int && expert_map->dim() == 1 &&
+                        expert_map->is_contiguous() && expert_map->get_device_index() == device,
+                    "expert_map: takes int32 [num_global_experts], contiguous");
+  }
+  if (num_tokens == 0) return;
+
+  FewTokensMoeParams params = {};
+  params.x = x.data_ptr();
+  params.w13 = w13.data_ptr();
+  params.w13_scale = static_cast<const float*>(w13_scale.data_ptr());
+  params.w2 = w2.data_ptr();
+  params.w2_scale = static_cast<const float*>(w2_scale.data_ptr());
+  params.topk_weights = topk_weights.has_value() ? static_cast<const float*>(topk_weights->data_ptr()) : nullptr;
+  params.topk_ids = topk_ids.data_ptr();
+  params.expert_map = expert_map.has_value() ? static_cast<const int32_t*>(expert_map->data_ptr()) : nullptr;
+  params.hidden = hidden.data_ptr();
+  params.out = out.data_ptr();
+  params.num_tokens = static_cast<int32_t>(num_tokens);
+  params.top_k = static_cast<int32_t>(top_k);
+  params.num_experts = static_cast<int32_t>(num_experts);
+  params.num_global_experts = static_cast<int32_t>(expert_map.has_value() ? expert_map->size(0) : num_experts);
+  params.hidden_size = static_cast<int32_t>(hidden_size);
+  params.intermediate_size = static_cast<int32_t>(intermediate_size);
+  params.x_stride = x.stride(0);
+  params.out_stride = out.stride(0);
+  params.ids_are_int64 = ids_are_int64;
+  params.up_first = up_first;
+  params.ue8m0 = ue8m0;
+  params.pdl = pdl;
+
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  check_launch(configure_few_tokens_moe(params), "few_tokens_moe");
+  check_launch(few_tokens_moe(params, current_stream(device)), "few_tokens_moe");
+}
+
+}  // namespace vllm_b200
+
+STABLE_TORCH_LIBRARY_IMPL(vllm_b200, CUDA, m) { m.impl("few_tokens_moe", TORCH_BOX(&vllm_b200::few_tokens_moe_op)); }

@@ -1,0 +1,230 @@
+"""Feature moe_few_tokens: FP8 block-scaled experts with few tokens run our two kernels.
+
+vLLM chooses an experts class for the layer as before. Ours is a class made from the chosen one: it takes the calls
+with few tokens and hands the others to an object of the chosen class, with the quantisation that vLLM would have done
+before. Layers that our kernels cannot do get that object itself. The branch on the number of tokens runs inside vLLM's
+MoE op, which torch.compile does not look into.
+"""
+
+import functools
+from typing import Any
+
+import torch
+
+from vllm_b200_plugin import dispatch, vllm_compat
+from vllm_b200_plugin.features import NotForThisPlatform
+from vllm_b200_plugin.integration import library, report
+from vllm_b200_plugin.ops.moe import BLOCK_SHAPE, few_tokens_moe, few_tokens_refusal
+
+_LAYER_KIND = "FP8 block experts"
+_NAME = "B200FewTokensExperts"  # for VLLM_DISABLED_KERNELS
+
+
+class B200FewTokensExperts:
+    """Mixin before `theirs`, the experts class that vLLM chose; subclass_of() makes the classes.
+
+    up_first: whether vLLM reorders w13 for `theirs` so that the gate's rows come second.
+    """
+
+    theirs: Any
+    up_first: bool
+    moe_config: Any
+    quant_config: Any
+    w1_scale: torch.Tensor
+    w2_scale: torch.Tensor
+
+    def __new__(cls, moe_config: Any, quant_config: Any, *args: Any, **kwargs: Any) -> Any:
+        if reason := refusal(moe_config, quant_config):
+            report.chosen(_LAYER_KIND, cls.theirs.__name__, f"vLLM's own: {reason}")
+            return cls.theirs(moe_config, quant_config, *args, **kwargs)
+        return super().__new__(cls)
+
+    def __init__(self, moe_config: Any, quant_config: Any) -> None:
+        super().__init__(moe_config, quant_config)  # type: ignore[call-arg]
+        self._theirs = self.theirs(moe_config, quant_config)
+        self._capability = vllm_compat.capability() or (0, 0)
+        # FlashInfer's CUTLASS experts quantise by themselves, with plain scales.
+        self._ue8m0 = not self.up_first and bool(vllm_compat.UE8M0_SCALES.get()())
+        limit = dispatch.few_tokens_limit(*_sizes(moe_config), self._capability)
+        report.chosen(
+            _LAYER_KIND, _NAME, f"our two kernels up to {limit} tokens, else {self.theirs.__name__}, vLLM's choice"
+        )
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        self._theirs.process_weights_after_loading(layer)
+
+    @property
+    def expects_unquantized_inputs(self) -> bool:
+        """Ours quantises in the kernel; for theirs, apply() does what vLLM's prepare step would have done."""
+        return True
+
+    def workspace_shapes(self, *args: Any, **kwargs: Any) -> Any:
+        return self._theirs.workspace_shapes(*args, **kwargs)
+
+    def apply(
+        self,
+        output: torch.Tensor,
+        hidden_states: torch.Tensor,
+        w1: torch.Tensor,
+        w2: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        activation: Any,
+        global_num_experts: int,
+        expert_map: torch.Tensor | None,
+        a1q_scale: torch.Tensor | None,
+        a2_scale: torch.Tensor | None,
+        workspace13: torch.Tensor,
+        workspace2: torch.Tensor,
+        expert_tokens_meta: Any,
+        apply_router_weight_on_input: bool,
+    ) -> Any:
+        """Write the layer's result, [num_tokens, hidden_size], to `output`."""
+        num_tokens, topk = topk_ids.shape
+        choice = dispatch.few_tokens_moe(num_tokens, *_sizes(self.moe_config), self._capability)
+        if choice.kernel == dispatch.FEW_TOKENS and _takes(
+            hidden_states, topk_weights, topk_ids, expert_map, w1.shape[0], global_num_experts
+        ):
+            hidden = (num_tokens, topk, w2.shape[2])
+            few_tokens_moe(
+                hidden_states,
+                w1,
+                self.w1_scale,
+                w2,
+                self.w2_scale,
+                None if apply_router_weight_on_input else topk_weights,
+                topk_ids,
+                expert_map=expert_map,
+                up_first=self.up_first,
+                ue8m0=self._ue8m0,
+                hidden=_scratch(workspace13, hidden, hidden_states),
+                out=output,
+            )
+            return None
+        if not self._theirs.expects_unquantized_inputs:
+            hidden_states, a1q_scale = vllm_compat.MOE_QUANTIZE_INPUT.get()(hidden_states, self.quant_config)
+        return self._theirs.apply(
+            output=output,
+            hidden_states=hidden_states,
+            w1=w1,
+            w2=w2,
+            topk_weights=topk_weights,
+            topk_ids=topk_ids,
+            activation=activation,
+            global_num_experts=global_num_experts,
+            expert_map=expert_map,
+            a1q_scale=a1q_scale,
+            a2_scale=a2_scale,
+            workspace13=workspace13,
+            workspace2=workspace2,
+            expert_tokens_meta=expert_tokens_meta,
+            apply_router_weight_on_input=apply_router_weight_on_input,
+        )
+
+
+def _takes(
+    hidden_states: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, expert_map: torch.Tensor | None,
+    num_experts: int, global_num_experts: int,
+) -> bool:  # fmt: skip
+    """Whether a call's tensors are as our kernels read them; vLLM's routers and maps are."""
+    return (
+        hidden_states.dtype == torch.bfloat16
+        and hidden_states.stride(-1) == 1
+        and hidden_states.stride(0) % 8 == 0
+        and hidden_states.data_ptr() % 16 == 0
+        and topk_weights.dtype == torch.float32
+        and topk_weights.is_contiguous()
+        and topk_ids.dtype in (torch.int32, torch.int64)
+        and topk_ids.is_contiguous()
+        and (expert_map is None or (expert_map.dtype == torch.int32 and expert_map.is_contiguous()))
+        and (expert_map is not None or global_num_experts == num_experts)
+    )
+
+
+def _scratch(workspace: torch.Tensor, shape: tuple[int, int, int], like: torch.Tensor) -> torch.Tensor:
+    """vLLM's workspace where it is large enough, as that of its Triton experts is."""
+    size = shape[0] * shape[1] * shape[2]
+    if workspace.dtype == like.dtype and workspace.is_contiguous() and workspace.numel() >= size:
+        return workspace.view(-1)[:size].view(shape)
+    return like.new_empty(shape)
+
+
+def _sizes(moe_config: Any) -> tuple[int, int, int, int]:
+    """Arguments of the rules in dispatch.py: topk, experts, hidden and intermediate size, of this rank."""
+    return (
+        moe_config.experts_per_token,
+        moe_config.num_local_experts,
+        moe_config.hidden_dim,
+        moe_config.intermediate_size_per_partition,
+    )
+
+
+def refusal(moe_config: Any, quant_config: Any) -> str | None:
+    """Why our kernels cannot do a layer, or None where they can."""
+    topk, num_experts, hidden_size, intermediate_size = _sizes(moe_config)
+    parallel = moe_config.moe_parallel_config
+    activation = getattr(moe_config.activation, "value", moe_config.activation)
+    limits = (quant_config.gemm1_clamp_limit, moe_config.swiglu_limit)
+    scales = (quant_config.w1_scale, quant_config.w2_scale)
+    if vllm_compat.ENVS.get().VLLM_BATCH_INVARIANT:
+        return "VLLM_BATCH_INVARIANT rules out a choice by the number of tokens"
+    if _NAME in vllm_compat.ENVS.get().VLLM_DISABLED_KERNELS:
+        return f"VLLM_DISABLED_KERNELS names {_NAME}"
+    if list(quant_config.block_shape or ()) != list(BLOCK_SHAPE) or not quant_config.use_fp8_w8a8:
+        return f"ours need FP8 weights in blocks of 128x128, got {quant_config.block_shape}"
+    if moe_config.in_dtype != torch.bfloat16:
+        return f"ours need bfloat16 activations, got {moe_config.in_dtype}"
+    if activation != "silu" or any(limit is not None for limit in limits):
+        return f"ours need silu without a limit, got {activation} with {limits}"
+    if moe_config.has_bias or quant_config.w1_bias is not None or quant_config.w2_bias is not None:
+        return "ours have no bias"
+    if moe_config.is_lora_enabled:
+        return "LoRA needs the products apart"
+    if parallel.use_all2all_kernels or parallel.dp_size > 1:
+        return "tokens are sent between ranks in vLLM's own quantisation"
+    if any(scale is None or scale.dtype != torch.float32 or not scale.is_contiguous() for scale in scales):
+        return "ours need float32 scales of the weights"
+    expected = (
+        (num_experts, 2 * intermediate_size // 128, hidden_size // 128),
+        (num_experts, hidden_size // 128, intermediate_size // 128),
+    )
+    if tuple(tuple(scale.shape) for scale in scales) != expected:
+        return f"ours need scales of the shapes {expected}, got {[tuple(scale.shape) for scale in scales]}"
+    choice = dispatch.few_tokens_moe(1, *_sizes(moe_config), vllm_compat.capability() or (0, 0))
+    if choice.kernel != dispatch.FEW_TOKENS:
+        return choice.reason
+    limit = dispatch.few_tokens_limit(*_sizes(moe_config), vllm_compat.capability() or (0, 0))
+    return few_tokens_refusal(limit * topk, num_experts, hidden_size, intermediate_size)
+
+
+@functools.cache
+def subclass_of(theirs: type, up_first: bool) -> type:
+    """B200FewTokensExperts before `theirs`, an experts class of vLLM's in the modular, not batched, form."""
+    name = f"B200FewTokens{theirs.__name__}"
+    return type(name, (B200FewTokensExperts, theirs), {"theirs": theirs, "up_first": up_first})
+
+
+def apply() -> None:
+    """Put our classes in place of those that vLLM's FP8 oracle offers, once."""
+    platform = vllm_compat.CURRENT_PLATFORM.get()
+    if not platform.is_cuda():
+        raise NotForThisPlatform(f"for CUDA, vLLM runs on {platform.device_name}")
+    library.require()
+    backends, experts = vllm_compat.MOE_BACKENDS.get(), vllm_compat.MOE_EXPERTS.get()
+    vllm_compat.MOE_QUANTIZE_INPUT.get()
+    vllm_compat.UE8M0_SCALES.get()
+    if getattr(experts, "_vllm_b200", False):
+        return
+    # The backends that leave the weights as the checkpoint has them, but for the order of w13's halves.
+    up_first = {
+        getattr(backends, name): name == "FLASHINFER_CUTLASS"
+        for name in ("TRITON", "DEEPGEMM", "VLLM_CUTLASS", "FLASHINFER_CUTLASS")
+        if hasattr(backends, name)
+    }
+
+    def classes(backend: Any) -> list[type]:
+        found = experts(backend)
+        return [subclass_of(cls, up_first[backend]) for cls in found] if backend in up_first else found
+
+    classes._vllm_b200 = True  # type: ignore[attr-defined]
+    vllm_compat.MOE_EXPERTS.replace(classes)
