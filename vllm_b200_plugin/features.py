@@ -50,6 +50,13 @@ FEATURES: tuple[Feature, ...] = (
         after="vllm._custom_ops",
     ),
     Feature(
+        name="bf16_linear",
+        changes="unquantised bfloat16 linear layers, router gates and lm_head: our GEMM for few tokens where it is faster",
+        needs="the CUDA library, compute capability 9.0, 10.0, 10.3 or 12.0",
+        module="vllm_b200_plugin.integration.linear_bf16",
+        after="vllm.model_executor.layers.utils",
+    ),
+    Feature(
         name="cpu_fp8_moe",
         changes="FP8 block-scaled experts on CPU: the reference with real W8A8 arithmetic, on any processor",
         needs="vLLM's CPU platform",

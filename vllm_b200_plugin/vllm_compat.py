@@ -110,6 +110,13 @@ TRITON_KERNEL = Private(
     _LINEAR_LIST,
 )
 
+UNQUANTIZED_GEMM = Private(
+    "vllm.model_executor.layers.utils",
+    "default_unquantized_gemm",
+    "function (layer, x, weight, bias) of every unquantised linear layer and lm_head on CUDA",
+    "to put our kernel for few tokens before it",
+    "kernel classes for unquantised linear layers, as the quantised ones have",
+)
 SCALE_FORMAT = Private(
     "vllm.utils.deep_gemm",
     "DeepGemmQuantScaleFMT",

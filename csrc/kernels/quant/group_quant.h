@@ -4,15 +4,9 @@
 
 #include <cstdint>
 
-namespace vllm_b200 {
+#include "types.h"
 
-enum class InputType { kBFloat16, kHalf, kFloat };
-enum class OutputType { kE4M3, kInt8 };
-enum class ScaleType {
-  kFloat,        // fp32, amax / qmax
-  kFloatPow2,    // fp32, rounded up to a power of two
-  kPackedUE8M0,  // four biased exponents to an int32, rounded up to a power of two
-};
+namespace vllm_b200 {
 
 // x [batches, rows, hidden_size], q likewise, scale [batches, rows, columns]:
 // a column is a group, or four groups when the scales are packed.
