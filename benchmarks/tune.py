@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from benchmarks import families
-from benchmarks.ceilings import measure_ceilings
 from benchmarks.cases.gemm import BF16_SHAPES, FP8_BLOCK_SHAPES, FP8_TENSOR_SHAPES, GemmCase
+from benchmarks.ceilings import measure_ceilings
 from benchmarks.compare import read_record
 from benchmarks.environment import environment
 from benchmarks.families import Missing, Run, bf16_gemm, fp8_block_linear, fp8_tensor_gemm
@@ -52,7 +52,7 @@ def likely_cuts(n: int, row_bytes: int, num_tokens: int, sms: int = 132) -> Iter
                     continue
                 if blocks < sms * 3 // 4 and (cluster < 4 or row_tiles > 1):
                     continue
-                if cluster > 1 and blocks > 5 * sms or row_tiles == 4 and blocks < sms or num_tokens * row_tiles > 64:
+                if (cluster > 1 and blocks > 5 * sms) or (row_tiles == 4 and blocks < sms) or num_tokens * row_tiles > 64:
                     continue
                 if warps > 8 and row_tiles * -(-num_tokens // 8) > 4:
                     continue

@@ -37,6 +37,9 @@ class Config(NamedTuple):
     chunks: int = 0
 
 
+_PLAIN = Config()
+
+
 def fp8_block_linear(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -46,7 +49,7 @@ def fp8_block_linear(
     bias: torch.Tensor | None = None,
     out_dtype: torch.dtype = torch.bfloat16,
     ue8m0: bool = False,
-    config: Config = Config(),
+    config: Config = _PLAIN,
     pdl: bool = False,
 ) -> torch.Tensor:
     """A linear layer with weight scales for blocks of 128x128 and activation scales for groups of 128.
@@ -90,7 +93,7 @@ def scaled_linear(
     *,
     bias: torch.Tensor | None = None,
     out_dtype: torch.dtype = torch.bfloat16,
-    config: Config = Config(),
+    config: Config = _PLAIN,
     pdl: bool = False,
 ) -> torch.Tensor:
     """A linear layer with a scale per token, or one, for x and a scale per output channel, or one, for the weight.
@@ -123,7 +126,7 @@ def linear(
     *,
     bias: torch.Tensor | None = None,
     out_dtype: torch.dtype | None = None,
-    config: Config = Config(),
+    config: Config = _PLAIN,
     pdl: bool = False,
 ) -> torch.Tensor:
     """A linear layer with a 16-bit weight.

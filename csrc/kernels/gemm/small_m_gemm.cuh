@@ -25,13 +25,13 @@ struct GemmPlan {
   int warps, cluster, pieces, steps;    // pieces: of a row; steps: of a warp
   int chunks, warps_per_chunk;          // of the bulk copies of a row
   int w_row, x_row;                     // bytes from one row to the next in shared memory
-  int x, x_warp, x_scale, scale_warp;   // byte offsets in shared memory, and bytes from one warp's part to the next's
+  int x, x_warp, x_scale, scale_warp;   // of a quantised x: byte offsets, and bytes from one warp's part to the next's
+  int inverse_m;                        // 65536 / m, rounded up
   int sums, sums_warp, partial;         // the warps' sums, and those of the cluster's other blocks
   int barriers, size;                   // a barrier a chunk and one for the cluster; size of it all
 };
 
-inline GemmPlan make_gemm_plan(const GemmConfig& config, bool quantize, bool block_scaled, int m, int token_tiles,
-                               int k_bytes) {
+inline GemmPlan make_gemm_plan(const GemmConfig& config, bool quantize, int m, int k_bytes) {
   GemmPlan plan = {};
   const int rows = 16 * config.row_tiles, splits = config.warps * config.cluster;
   plan.warps = config.warps;
@@ -41,11 +41,12 @@ inline GemmPlan make_gemm_plan(const GemmConfig& config, bool quantize, bool blo
   plan.chunks = config.chunks;
   plan.warps_per_chunk = config.chunks > 0 ? config.warps / config.chunks : 0;
   plan.w_row = plan.warps * plan.steps * kPiece + kRowPadding;
-  plan.x_row = quantize ? 2 * plan.steps * kPiece + kWidePadding : plan.steps * kPiece + kRowPadding;
+  plan.x_row = 2 * plan.steps * kPiece + kWidePadding;
   plan.x = rows * plan.w_row;
-  plan.x_warp = m * plan.x_row;
+  plan.x_warp = quantize ? m * plan.x_row : 0;
   plan.x_scale = plan.x + plan.warps * plan.x_warp;
-  plan.scale_warp = block_scaled ? plan.steps * 8 * token_tiles * 4 : 0;
+  plan.scale_warp = quantize ? plan.steps * 8 * 4 : 0;
+  plan.inverse_m = (65536 + m - 1) / m;
   plan.sums = plan.x_scale + plan.warps * plan.scale_warp;
   plan.sums_warp = m * (rows + 4) * 4;
   plan.partial = plan.sums + plan.warps * plan.sums_warp;
@@ -75,42 +76,30 @@ __device__ __forceinline__ void store_output(const SmallMGemmParams& p, int toke
 template <GemmFormat kFormat>
 constexpr int kElementBytes = kFormat == GemmFormat::kBFloat16 || kFormat == GemmFormat::kHalf ? 2 : 1;
 
-// Quantises four groups of a row of x at a time, eight lanes to a group, to e4m3 widened to fp16.
-class WarpQuantizer {
- public:
-  // x: the lane's part of the first step.
-  __device__ __forceinline__ void load(const __nv_bfloat16* x, bool valid) {
-    chunk_ = {};
-    if (valid) load_chunk<__nv_bfloat16, true>(chunk_, x);
-  }
-
-  // Returns the group's scale.
-  __device__ __forceinline__ float store(float eps, bool ue8m0, bool valid, uint8_t* destination) {
-    float scale = group_scale<__nv_fp8_e4m3, kPiece, false>(absmax_bits(chunk_), eps);
-    if (ue8m0) scale = round_up_to_pow2(__uint_as_float(max(__float_as_uint(scale), __float_as_uint(1e-10f))));
-    const Divisor divide(scale);  // for a power of two, too: its reciprocal is exact
-    uint32_t wide[kChunk / 2];
+// One lane's 16 elements of a group of x: to e4m3 by the arithmetic of group_quant.cu, widened to fp16. The eight lanes of
+// a group call it together; returns the group's scale.
+__device__ __forceinline__ float quantize_widened(const Chunk<__nv_bfloat16>& chunk, float eps, bool ue8m0, bool store,
+                                                  uint8_t* destination) {
+  float scale = group_scale<__nv_fp8_e4m3, kPiece, false>(absmax_bits(chunk), eps);
+  if (ue8m0) scale = round_up_to_pow2(__uint_as_float(max(__float_as_uint(scale), __float_as_uint(1e-10f))));
+  const Divisor divide(scale);  // for a power of two, too: its reciprocal is exact
+  uint32_t wide[kChunk / 2];
 #pragma unroll
-    for (int i = 0; i < kChunk / 4; ++i) {
-      const float2 low = unpack_pair(chunk_, 2 * i), high = unpack_pair(chunk_, 2 * i + 1);
-      const uint32_t packed = pack_bytes(static_cast<__nv_fp8_e4m3*>(nullptr), divide(low.x), divide(low.y),
-                                         divide(high.x), divide(high.y));
-      const uint2 halves = e4m3_to_f16(packed);
-      wide[2 * i] = halves.x, wide[2 * i + 1] = halves.y;
-    }
-    if (valid) {
-      reinterpret_cast<uint4*>(destination)[0] = make_uint4(wide[0], wide[1], wide[2], wide[3]);
-      reinterpret_cast<uint4*>(destination)[1] = make_uint4(wide[4], wide[5], wide[6], wide[7]);
-    }
-    return scale;
+  for (int i = 0; i < kChunk / 4; ++i) {
+    const float2 low = unpack_pair(chunk, 2 * i), high = unpack_pair(chunk, 2 * i + 1);
+    const uint2 halves = e4m3_to_f16(pack_bytes(static_cast<__nv_fp8_e4m3*>(nullptr), divide(low.x), divide(low.y),
+                                                divide(high.x), divide(high.y)));
+    wide[2 * i] = halves.x, wide[2 * i + 1] = halves.y;
   }
-
- private:
-  Chunk<__nv_bfloat16> chunk_;
-};
+  if (store) {
+    reinterpret_cast<uint4*>(destination)[0] = make_uint4(wide[0], wide[1], wide[2], wide[3]);
+    reinterpret_cast<uint4*>(destination)[1] = make_uint4(wide[4], wide[5], wide[6], wide[7]);
+  }
+  return scale;
+}
 
 template <GemmFormat kFormat, bool kQuantize, int kRowTiles, int kTokenTiles>
-__global__ void __launch_bounds__(kRowTiles * kTokenTiles > 4 ? 256 : 512)
+__global__ void __launch_bounds__(kRowTiles * kTokenTiles > 4 ? 256 : 512, 1)
     small_m_gemm_kernel(const __grid_constant__ SmallMGemmParams p, const __grid_constant__ GemmPlan plan) {
   constexpr int kRows = 16 * kRowTiles, kTokens = 8 * kTokenTiles, kSumRow = kRows + 4;
   constexpr bool kBlockScaled = kFormat == GemmFormat::kE4M3Block;
@@ -165,8 +154,6 @@ __global__ void __launch_bounds__(kRowTiles * kTokenTiles > 4 ? 256 : 512)
   Accumulator sum[kRowTiles][kTokenTiles][4] = {};
   if (steps > 0) {
     uint8_t* const w_own = smem + warp * plan.steps * kPiece;
-    uint8_t* const x_own = smem + plan.x + warp * plan.x_warp;
-    float* const x_scale = reinterpret_cast<float*>(smem + plan.x_scale + warp * plan.scale_warp);
     // cp.async: eight lanes to a row's piece, four rows at a time.
     const int copy_row = lane / 8, copy_column = lane % 8 * 16;
     if (plan.chunks == 0) {
@@ -198,75 +185,29 @@ __global__ void __launch_bounds__(kRowTiles * kTokenTiles > 4 ? 256 : 512)
                            p.w_scale_stride_group);
     }
 
-    pdl_wait();
-    if constexpr (kQuantize) {
-      WarpQuantizer quantizer;
-      for (int token = 0; token < p.m; ++token) {
-        const auto* x = static_cast<const __nv_bfloat16*>(p.x) + token * p.x_stride + column + lane * kChunk;
-        uint8_t* destination = x_own + token * plan.x_row + lane * (2 * kChunk);
-#pragma unroll 1
-        for (int step = 0; step < steps; step += 4) {
-          const int own_step = step + lane / 8;
-          quantizer.load(x, own_step < steps);
-          const float scale = quantizer.store(p.eps, p.ue8m0, own_step < steps, destination);
-          if (lane % 8 == 0 && own_step < steps) x_scale[own_step * kTokens + token] = scale;
-          x += 4 * kPiece;
-          destination += 8 * kPiece;
-        }
+    const auto wait_for_w = [&] {
+      copy_async_wait_all();
+      if (plan.chunks > 0) {
+        int chunk = 0;
+        for (int w = plan.warps_per_chunk; w <= warp; w += plan.warps_per_chunk) ++chunk;
+        barrier_wait(barriers + 8 * chunk, 0);
       }
-    } else {
-      const uint8_t* source = static_cast<const uint8_t*>(p.x) + copy_row * p.x_stride * kSize + column + copy_column;
-      uint32_t destination = shared_address(x_own) + copy_row * plan.x_row + copy_column;
-      for (int row = copy_row; row < p.m; row += 4) {
-        for (int step = 0; step < steps; ++step) {
-          copy_async_16(destination + step * kPiece, source + step * kPiece,
-                        column + step * kPiece + copy_column < k_bytes);
-        }
-        source += 4 * p.x_stride * kSize;
-        destination += 4 * plan.x_row;
-      }
-      if (kBlockScaled && lane < p.m) {
-        for (int step = 0; step < steps; ++step) {
-          x_scale[step * kTokens + lane] =
-              load_scale(p.x_scale, p.x_scale_packed, lane * p.x_scale_stride_row, first + step, p.x_scale_stride_group);
-        }
-      }
-    }
-    copy_async_wait_all();
-    if (plan.chunks > 0) {
-      int chunk = 0;
-      for (int w = plan.warps_per_chunk; w <= warp; w += plan.warps_per_chunk) ++chunk;
-      barrier_wait(barriers + 8 * chunk, 0);
-    }
-    __syncwarp();
-
+      __syncwarp();
+    };
     const int row = lane / 4, part = lane % 4;
     const uint8_t* w = w_own + row * plan.w_row + part * 16;
-    const uint8_t* x[kTokenTiles];
-#pragma unroll
-    for (int t = 0; t < kTokenTiles; ++t) {
-      x[t] = x_own + min(8 * t + row, p.m - 1) * plan.x_row + part * (kQuantize ? 32 : 16);
-    }
-    const float* scale = x_scale + 2 * part;
     const int eight_rows = 8 * plan.w_row;
-#pragma unroll 1
-    for (int step = 0; step < steps; ++step) {
+    // One step: sum += scale * (w x^T) over a piece. scale_of(token tile) is that of columns 2 part and 2 part + 1.
+    const auto multiply = [&](const auto& x_fragment, const auto& scale_of) {
       // The products of a step are kept apart only where they have a scale of their own. One tile alone would be a chain of
       // dependent products: two accumulators halve it.
-      constexpr int kChains = kRowTiles * kTokenTiles == 1 ? 2 : 1;
+      constexpr int kChains = kRowTiles * kTokenTiles == 1 ? 4 : kTokenTiles == 2 ? 2 : 1;
       Accumulator product[kChains][kRowTiles][kTokenTiles][4] = {};
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         typename Multiply::XFragment fragment[kTokenTiles];
 #pragma unroll
-        for (int t = 0; t < kTokenTiles; ++t) {
-          if constexpr (kQuantize) {
-            const auto* wide = reinterpret_cast<const uint4*>(x[t] + half * 128);
-            fragment[t] = typename Multiply::XFragment(wide[0], wide[1]);
-          } else {
-            fragment[t] = typename Multiply::XFragment(*reinterpret_cast<const uint4*>(x[t] + half * 64));
-          }
-        }
+        for (int t = 0; t < kTokenTiles; ++t) fragment[t] = x_fragment(half, t);
 #pragma unroll
         for (int r = 0; r < kRowTiles; ++r) {
           const uint4 top = *reinterpret_cast<const uint4*>(w + 2 * r * eight_rows + half * 64);
@@ -275,27 +216,119 @@ __global__ void __launch_bounds__(kRowTiles * kTokenTiles > 4 ? 256 : 512)
                                                    fragment);
         }
       }
+      w += kPiece;
       if constexpr (kBlockScaled) {
-        const float step_scale = __shfl_sync(kFullWarp, w_scale, step);
 #pragma unroll
         for (int t = 0; t < kTokenTiles; ++t) {
-          const float2 pair = *reinterpret_cast<const float2*>(scale + 8 * t);
-          const float both[2] = {pair.x * step_scale, pair.y * step_scale};
+          const float2 scales = scale_of(t);
 #pragma unroll
           for (int r = 0; r < kRowTiles; ++r) {
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
               float value = product[0][r][t][i];
               if constexpr (kChains == 2) value += product[1][r][t][i];
-              sum[r][t][i] = fmaf(value, both[i % 2], sum[r][t][i]);
+              sum[r][t][i] = fmaf(value, i % 2 == 0 ? scales.x : scales.y, sum[r][t][i]);
             }
           }
         }
+      }
+    };
+
+    pdl_wait();
+    if constexpr (kQuantize) {
+      uint8_t* const x_own = smem + plan.x + warp * plan.x_warp;
+      float* const x_scale = reinterpret_cast<float*>(smem + plan.x_scale + warp * plan.scale_warp);
+      // Pairs of a step and a token, four at a time, of which two times four are asked for before the first is used.
+      constexpr int kBatch = 2;
+      const int pairs = steps * p.m;
+#pragma unroll 1
+      for (int base = lane / 8; base - lane / 8 < pairs; base += 4 * kBatch) {
+        Chunk<__nv_bfloat16> chunk[kBatch];
+        int step[kBatch], token[kBatch];
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) {
+          const int pair = base + 4 * i;
+          step[i] = pair * plan.inverse_m >> 16;
+          token[i] = pair - step[i] * p.m;
+          chunk[i] = {};
+          if (pair < pairs) {
+            load_chunk<__nv_bfloat16, true>(chunk[i], static_cast<const __nv_bfloat16*>(p.x) + token[i] * p.x_stride +
+                                                          column + step[i] * kPiece + lane % 8 * kChunk);
+          }
+        }
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) {
+          if (base - lane / 8 + 4 * i >= pairs) break;
+          const bool valid = base + 4 * i < pairs;
+          const float scale =
+              quantize_widened(chunk[i], p.eps, p.ue8m0, valid,
+                               x_own + token[i] * plan.x_row + 2 * (step[i] * kPiece + lane % 8 * kChunk));
+          if (valid && lane % 8 == 0) x_scale[step[i] * kTokens + token[i]] = scale;
+        }
+      }
+      wait_for_w();
+      const uint8_t* x = x_own + min(row, p.m - 1) * plan.x_row + part * 32;
+      const float* scale = x_scale + 2 * part;
+#pragma unroll 1
+      for (int step = 0; step < steps; ++step) {
+        const float step_scale = __shfl_sync(kFullWarp, w_scale, step);
+        multiply(
+            [&](int half, int) {
+              const auto* wide = reinterpret_cast<const uint4*>(x + half * 128);
+              return typename Multiply::XFragment(wide[0], wide[1]);
+            },
+            [&](int) {
+              const float2 pair = *reinterpret_cast<const float2*>(scale);
+              return make_float2(pair.x * step_scale, pair.y * step_scale);
+            });
+        x += 2 * kPiece;
         scale += kTokens;
       }
-      w += kPiece;
+    } else {
+      // Straight from global memory to registers, some steps at once: every byte is used by one lane only.
+      constexpr int kAhead = kTokenTiles == 1 ? 4 : kTokenTiles == 2 ? 2 : 1;
+      const uint8_t* x[kTokenTiles];
 #pragma unroll
-      for (int t = 0; t < kTokenTiles; ++t) x[t] += kQuantize ? 2 * kPiece : kPiece;
+      for (int t = 0; t < kTokenTiles; ++t) {
+        x[t] = static_cast<const uint8_t*>(p.x) + min(8 * t + row, p.m - 1) * p.x_stride * kSize + column + part * 16;
+      }
+      const int rest = k_bytes - column - part * 16;
+      const int64_t scale_row = min(lane, p.m - 1) * p.x_scale_stride_row;
+      bool waited = false;
+#pragma unroll 1
+      for (int base = 0; base < steps; base += kAhead) {
+        uint4 bytes[kAhead][kTokenTiles][2];
+        float x_scale[kAhead];
+#pragma unroll
+        for (int i = 0; i < kAhead; ++i) {
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            const int offset = (base + i) * kPiece + half * 64;
+            const bool inside = base + i < steps && offset < rest;
+#pragma unroll
+            for (int t = 0; t < kTokenTiles; ++t) {
+              bytes[i][t][half] = inside ? *reinterpret_cast<const uint4*>(x[t] + offset) : uint4{};
+            }
+          }
+          if (kBlockScaled && base + i < steps) {
+            x_scale[i] =
+                load_scale(p.x_scale, p.x_scale_packed, scale_row, first + base + i, p.x_scale_stride_group);
+          }
+        }
+        if (!waited) wait_for_w();
+        waited = true;
+#pragma unroll
+        for (int i = 0; i < kAhead; ++i) {
+          if (base + i >= steps) break;
+          float step_scale = 0.0f;
+          if constexpr (kBlockScaled) step_scale = x_scale[i] * __shfl_sync(kFullWarp, w_scale, base + i);
+          multiply([&](int half, int t) { return typename Multiply::XFragment(bytes[i][t][half]); },
+                   [&](int t) {
+                     return make_float2(__shfl_sync(kFullWarp, step_scale, 8 * t + 2 * part),
+                                        __shfl_sync(kFullWarp, step_scale, 8 * t + 2 * part + 1));
+                   });
+        }
+      }
     }
   } else {
     pdl_wait();
@@ -371,8 +404,7 @@ template <GemmFormat kFormat, bool kQuantize, int kRowTiles, int kTokenTiles>
 cudaError_t launch_small_m_gemm(const SmallMGemmParams& p, const GemmConfig& config, cudaStream_t stream) {
   constexpr int kMaxWarps = kRowTiles * kTokenTiles > 4 ? 8 : 16;
   const auto kernel = small_m_gemm_kernel<kFormat, kQuantize, kRowTiles, kTokenTiles>;
-  const GemmPlan plan = make_gemm_plan(config, kQuantize, kFormat == GemmFormat::kE4M3Block, p.m, kTokenTiles,
-                                       p.k * kElementBytes<kFormat>);
+  const GemmPlan plan = make_gemm_plan(config, kQuantize, p.m, p.k * kElementBytes<kFormat>);
   const int tiles = (p.n + 16 * kRowTiles - 1) / (16 * kRowTiles);
   if (config.warps > kMaxWarps || (config.chunks > 0 && config.warps % config.chunks != 0) || plan.steps > 32 ||
       plan.size > 227 * 1024 || tiles > 65535) return cudaErrorInvalidValue;
