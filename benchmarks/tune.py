@@ -9,6 +9,7 @@ import functools
 import json
 import sys
 from collections.abc import Callable, Iterator
+from itertools import product
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -24,12 +25,13 @@ from benchmarks.families import Missing, Run, bf16_gemm, fp8_block_linear, fp8_t
 from benchmarks.families._common import Returned
 from benchmarks.kernels import show
 from benchmarks.runner import run_case
+from benchmarks.timing import num_sets, record_calls
 from vllm_b200_plugin.ops import small_m_gemm
 from vllm_b200_plugin.ops.quant import ScaleLayout, per_token_group_quant
 from vllm_b200_plugin.ops.small_m_gemm import Config
 
-NUM_TOKENS = (1, 2, 4, 8, 16, 24, 32)
-MAX_WEIGHT_BYTES = 64 << 20  # beyond, the libraries read the weight at the speed of memory
+NUM_TOKENS = (1, 2, 4, 8, 16, 32)
+MAX_WEIGHT_BYTES = 36 << 20  # beyond, the libraries read the weight at the speed of memory
 TABLE = Path(__file__).parents[1] / "vllm_b200_plugin" / "small_m_table.py"
 # kind -> family of its peers, shapes, bytes of an element
 KINDS: dict[str, tuple[ModuleType, tuple[tuple[int, int], ...], int]] = {
@@ -40,25 +42,25 @@ KINDS: dict[str, tuple[ModuleType, tuple[tuple[int, int], ...], int]] = {
 
 
 def likely_cuts(n: int, row_bytes: int, num_tokens: int, sms: int = 132) -> Iterator[Config]:
-    """Cuts with enough blocks and warps to fill the GPU, no warp with nothing to do, and at most 8 steps for each."""
+    """Few: the most warps up to 8 and up to 16 that share K evenly, for each tile and cluster that fills the GPU."""
     pieces = -(-row_bytes // 128)
-    for row_tiles in (1, 2, 4):
-        for cluster in (1, 2, 4):
-            for warps in (4, 6, 7, 8, 12, 14, 16):
+    for row_tiles, cluster in product((1, 2, 4), (1, 2, 4)):
+        blocks = -(-n // (16 * row_tiles)) * cluster
+        if (row_tiles == 4 and (blocks < 2 * sms // 3 or num_tokens < 8)) or (cluster > 1 and blocks > 5 * sms):
+            continue
+        if blocks < 2 * sms // 5 and cluster < 4 and n > 1024:
+            continue
+        found = set()
+        for most in (16, 8) if row_tiles * -(-num_tokens // 8) <= 4 else (8,):
+            for warps in range(min(most, -(-pieces // cluster)), 1, -1):
                 steps = -(-pieces // (warps * cluster))
-                blocks = -(-n // (16 * row_tiles)) * cluster
-                smem = 16 * row_tiles * warps * steps * 128
-                if pieces < 0.85 * steps * warps * cluster or steps > 8 or smem > 200 << 10:
-                    continue
-                if blocks < sms * 3 // 4 and (cluster < 4 or row_tiles > 1):
-                    continue
-                if (cluster > 1 and blocks > 5 * sms) or (row_tiles == 4 and blocks < sms) or num_tokens * row_tiles > 64:
-                    continue
-                if warps > 8 and row_tiles * -(-num_tokens // 8) > 4:
-                    continue
-                yield from (
-                    Config(row_tiles, warps, cluster, chunks) for chunks in (0, 1, 2) if warps % max(chunks, 1) == 0
-                )
+                if pieces >= 0.9 * steps * warps * cluster and 16 * row_tiles * warps * steps * 128 <= 200 << 10:
+                    found.add(warps)
+                    break
+        for warps in sorted(found):
+            yield Config(row_tiles, warps, cluster, 0)
+            if cluster == 1 and warps % 2 == 0:
+                yield Config(row_tiles, warps, cluster, 2)
 
 
 def ours(kind: str, config: Config, quantise_first: bool) -> Callable[[GemmCase, int], Run]:
@@ -102,21 +104,30 @@ def _name(config: Config, quantise_first: bool) -> str:
     return f"ours {'q ' if quantise_first else ''}{' '.join(map(str, config))}"
 
 
-def measure(kinds: list[str], only: str, most_cuts: int, ceiling_gbs: float) -> Iterator[dict[str, Any]]:
+def measure(
+    kinds: list[str], only: list[str], names: set[str], most_cuts: int, ceiling_gbs: float
+) -> Iterator[dict[str, Any]]:
     for kind in kinds:
         family, shapes, size = KINDS[kind]
         for n, k in shapes:
-            if only not in f"{n}x{k}" or n * k * size > MAX_WEIGHT_BYTES:
+            if (only and f"{n}x{k}" not in only) or n * k * size > MAX_WEIGHT_BYTES:
                 continue
             for num_tokens in NUM_TOKENS:
-                yield from _measure_case(kind, family, GemmCase(num_tokens, n, k), size, most_cuts, ceiling_gbs)
+                yield from _measure_case(kind, family, GemmCase(num_tokens, n, k), size, names, most_cuts, ceiling_gbs)
                 _operands.cache_clear()
 
 
 def _measure_case(
-    kind: str, family: ModuleType, case: GemmCase, size: int, most_cuts: int, ceiling_gbs: float
+    kind: str,
+    family: ModuleType,
+    case: GemmCase,
+    size: int,
+    names: set[str],
+    most_cuts: int,
+    ceiling_gbs: float,
 ) -> Iterator[dict[str, Any]]:
     peers = {name: make for name, make in family.IMPLEMENTATIONS.items() if not name.startswith("ours")}
+    peers = {name: make for name, make in peers.items() if not names or name in names}
     cuts = list(likely_cuts(case.n, case.k * size, case.num_tokens))
     ways = [False] if kind != "fp8_block" else [True] if case.num_tokens > 8 else [False, True]
     variants = {_name(cut, way): ours(kind, cut, way) for way in ways for cut in cuts}
@@ -131,9 +142,7 @@ def _measure_case(
 
 
 def _briefly(variants: dict[str, Callable[[GemmCase, int], Run]], case: GemmCase) -> Iterator[tuple[str, float]]:
-    """Microseconds of each variant that takes the case, from a few replays behind a kernel that lets none start early."""
-    from benchmarks.timing import num_sets, record_calls
-
+    """Time of each variant that takes the case, from a few replays behind a kernel that lets none start early."""
     weight_bytes = case.n * case.k
     sets = num_sets(weight_bytes)
     source = torch.zeros(case.num_tokens * case.k, dtype=torch.bfloat16, device=families.device)
@@ -211,7 +220,8 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     measuring = commands.add_parser("measure", help="time every likely cut beside the peers")
     measuring.add_argument("kinds", nargs="+", choices=KINDS)
-    measuring.add_argument("--only", default="", metavar="NxK", help="the shapes whose name contains this")
+    measuring.add_argument("--only", nargs="+", default=[], metavar="NxK", help="these shapes")
+    measuring.add_argument("--peers", nargs="+", default=[], metavar="IMPL", help="beside these implementations only")
     measuring.add_argument("--most-cuts", type=int, default=6, metavar="COUNT", help="of ours to time beside the peers")
     measuring.add_argument("--out", required=True, metavar="FILE", help="write JSON lines")
     tabling = commands.add_parser("table", help="make the dispatch table from records")
@@ -226,7 +236,7 @@ def main(argv: list[str] | None = None) -> int:
     env = environment() | measure_ceilings() | {"capability": torch.cuda.get_device_capability()}
     with open(arguments.out, "w") as file:
         file.write(json.dumps({"env": env}) + "\n")
-        for row in measure(arguments.kinds, arguments.only, arguments.most_cuts, env["copy_gbs"]):
+        for row in measure(arguments.kinds, arguments.only, set(arguments.peers), arguments.most_cuts, env["copy_gbs"]):
             file.write(json.dumps(row) + "\n")
             file.flush()
             if "missing" not in row:

@@ -51,7 +51,7 @@ FEATURES: tuple[Feature, ...] = (
     ),
     Feature(
         name="bf16_linear",
-        changes="unquantised bfloat16 linear layers, router gates and lm_head: our GEMM for few tokens where it is faster",
+        changes="unquantised bfloat16 linear layers and router gates: our GEMM for few tokens where it is faster",
         needs="the CUDA library, compute capability 9.0, 10.0, 10.3 or 12.0",
         module="vllm_b200_plugin.integration.linear_bf16",
         after="vllm.model_executor.layers.utils",

@@ -1,7 +1,7 @@
 """Feature bf16_linear: our GEMM for few tokens in unquantised linear layers, router gates and lm_head.
 
-vLLM sends all of these through one function. A layer whose shape our kernel never wins keeps vLLM's path, untouched; for
-the others one op, opaque to torch.compile, branches on the number of tokens.
+vLLM sends all of these through one function. A layer whose shape our kernel never wins keeps vLLM's path, untouched;
+for the others one op, opaque to torch.compile, branches on the number of tokens.
 """
 
 import functools

@@ -1,8 +1,8 @@
 """Linear layers for 1 to 32 tokens, at the speed of their weights: y = x @ weight.T, scaled, plus a bias.
 
 One op for every format of the weight. The arithmetic is the checkpoint's: the quantised operands as they are, products
-and sums in fp32 (int32 for int8), one rounding to the output. A bfloat16 x under block scales is quantised on the way, by
-the arithmetic of `ops/quant.py`.
+and sums in fp32 (int32 for int8), one rounding to the output. A bfloat16 x under block scales is quantised on the way,
+by the arithmetic of `ops/quant.py`.
 """
 
 from typing import NamedTuple
@@ -57,7 +57,8 @@ def fp8_block_linear(
     Args:
         x: [num_tokens, K] bfloat16 (up to 8 tokens), or float8_e4m3fn with `x_scale` (up to 32). Rows may be strided.
         weight: [N, K] float8_e4m3fn, K a multiple of 128.
-        weight_scale: [ceil(N / 128), K / 128] float32, or DeepGEMM's packed UE8M0 [N, ceil(K / 512)] int32. Any strides.
+        weight_scale: [ceil(N / 128), K / 128] float32, or DeepGEMM's packed UE8M0, [N, ceil(K / 512)] int32; any
+            strides.
         x_scale: [num_tokens, K / 128] float32, or packed UE8M0 [num_tokens, ceil(K / 512)] int32. Any strides.
         bias: [N] in out_dtype.
         out_dtype: bfloat16, float16 or float32.
