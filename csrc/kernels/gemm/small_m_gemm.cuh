@@ -98,6 +98,46 @@ __device__ __forceinline__ float quantize_widened(const Chunk<__nv_bfloat16>& ch
   return scale;
 }
 
+// One step: sum += scale * (w x^T) over a piece. w: the lane's first 16 bytes of it. x_fragment(half, token tile) is the
+// lane's part of x, scale_of(token tile) the scales of columns 2 t and 2 t + 1 for lane 4 g + t.
+template <GemmFormat kFormat, int kRowTiles, int kTokenTiles, typename Accumulator, typename XFragment, typename Scale>
+__device__ __forceinline__ void multiply_piece(Accumulator (&sum)[kRowTiles][kTokenTiles][4], const uint8_t* w,
+                                               int eight_rows, const XFragment& x_fragment, const Scale& scale_of) {
+  using Multiply = Mma<kFormat>;
+  // The products of a step are kept apart only where they have a scale of their own. One tile alone would be a chain of
+  // dependent products: two accumulators halve it.
+  constexpr bool kBlockScaled = kFormat == GemmFormat::kE4M3Block;
+  constexpr int kChains = kRowTiles * kTokenTiles == 1 ? 2 : 1;
+  Accumulator product[kChains][kRowTiles][kTokenTiles][4] = {};
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    typename Multiply::XFragment fragment[kTokenTiles];
+#pragma unroll
+    for (int t = 0; t < kTokenTiles; ++t) fragment[t] = x_fragment(half, t);
+#pragma unroll
+    for (int r = 0; r < kRowTiles; ++r) {
+      const uint4 top = *reinterpret_cast<const uint4*>(w + 2 * r * eight_rows + half * 64);
+      const uint4 bottom = *reinterpret_cast<const uint4*>(w + (2 * r + 1) * eight_rows + half * 64);
+      Multiply::template multiply<kTokenTiles>(kBlockScaled ? product[half % kChains][r] : sum[r], top, bottom, fragment);
+    }
+  }
+  if constexpr (kBlockScaled) {
+#pragma unroll
+    for (int t = 0; t < kTokenTiles; ++t) {
+      const float2 scales = scale_of(t);
+#pragma unroll
+      for (int r = 0; r < kRowTiles; ++r) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          float value = product[0][r][t][i];
+          if constexpr (kChains == 2) value += product[1][r][t][i];
+          sum[r][t][i] = fmaf(value, i % 2 == 0 ? scales.x : scales.y, sum[r][t][i]);
+        }
+      }
+    }
+  }
+}
+
 template <GemmFormat kFormat, bool kQuantize, int kRowTiles, int kTokenTiles>
 __global__ void __launch_bounds__(kRowTiles * kTokenTiles > 4 ? 256 : 512, 1)
     small_m_gemm_kernel(const __grid_constant__ SmallMGemmParams p, const __grid_constant__ GemmPlan plan) {
@@ -197,42 +237,6 @@ __global__ void __launch_bounds__(kRowTiles * kTokenTiles > 4 ? 256 : 512, 1)
     const int row = lane / 4, part = lane % 4;
     const uint8_t* w = w_own + row * plan.w_row + part * 16;
     const int eight_rows = 8 * plan.w_row;
-    // One step: sum += scale * (w x^T) over a piece. scale_of(token tile) is that of columns 2 part and 2 part + 1.
-    const auto multiply = [&](const auto& x_fragment, const auto& scale_of) {
-      // The products of a step are kept apart only where they have a scale of their own. One tile alone would be a chain of
-      // dependent products: two accumulators halve it.
-      constexpr int kChains = kRowTiles * kTokenTiles == 1 ? 4 : kTokenTiles == 2 ? 2 : 1;
-      Accumulator product[kChains][kRowTiles][kTokenTiles][4] = {};
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        typename Multiply::XFragment fragment[kTokenTiles];
-#pragma unroll
-        for (int t = 0; t < kTokenTiles; ++t) fragment[t] = x_fragment(half, t);
-#pragma unroll
-        for (int r = 0; r < kRowTiles; ++r) {
-          const uint4 top = *reinterpret_cast<const uint4*>(w + 2 * r * eight_rows + half * 64);
-          const uint4 bottom = *reinterpret_cast<const uint4*>(w + (2 * r + 1) * eight_rows + half * 64);
-          Multiply::template multiply<kTokenTiles>(kBlockScaled ? product[half % kChains][r] : sum[r], top, bottom,
-                                                   fragment);
-        }
-      }
-      w += kPiece;
-      if constexpr (kBlockScaled) {
-#pragma unroll
-        for (int t = 0; t < kTokenTiles; ++t) {
-          const float2 scales = scale_of(t);
-#pragma unroll
-          for (int r = 0; r < kRowTiles; ++r) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-              float value = product[0][r][t][i];
-              if constexpr (kChains == 2) value += product[1][r][t][i];
-              sum[r][t][i] = fmaf(value, i % 2 == 0 ? scales.x : scales.y, sum[r][t][i]);
-            }
-          }
-        }
-      }
-    };
 
     pdl_wait();
     if constexpr (kQuantize) {
@@ -272,7 +276,8 @@ __global__ void __launch_bounds__(kRowTiles * kTokenTiles > 4 ? 256 : 512, 1)
 #pragma unroll 1
       for (int step = 0; step < steps; ++step) {
         const float step_scale = __shfl_sync(kFullWarp, w_scale, step);
-        multiply(
+        multiply_piece<kFormat>(
+            sum, w, eight_rows,
             [&](int half, int) {
               const auto* wide = reinterpret_cast<const uint4*>(x + half * 128);
               return typename Multiply::XFragment(wide[0], wide[1]);
@@ -281,6 +286,7 @@ __global__ void __launch_bounds__(kRowTiles * kTokenTiles > 4 ? 256 : 512, 1)
               const float2 pair = *reinterpret_cast<const float2*>(scale);
               return make_float2(pair.x * step_scale, pair.y * step_scale);
             });
+        w += kPiece;
         x += 2 * kPiece;
         scale += kTokens;
       }
@@ -322,11 +328,14 @@ __global__ void __launch_bounds__(kRowTiles * kTokenTiles > 4 ? 256 : 512, 1)
           if (base + i >= steps) break;
           float step_scale = 0.0f;
           if constexpr (kBlockScaled) step_scale = x_scale[i] * __shfl_sync(kFullWarp, w_scale, base + i);
-          multiply([&](int half, int t) { return typename Multiply::XFragment(bytes[i][t][half]); },
-                   [&](int t) {
-                     return make_float2(__shfl_sync(kFullWarp, step_scale, 8 * t + 2 * part),
-                                        __shfl_sync(kFullWarp, step_scale, 8 * t + 2 * part + 1));
-                   });
+          multiply_piece<kFormat>(
+              sum, w, eight_rows,
+              [&](int half, int t) { return typename Multiply::XFragment(bytes[i][t][half]); },
+              [&](int t) {
+                return make_float2(__shfl_sync(kFullWarp, step_scale, 8 * t + 2 * part),
+                                   __shfl_sync(kFullWarp, step_scale, 8 * t + 2 * part + 1));
+              });
+          w += kPiece;
         }
       }
     }
