@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from vllm_b200_plugin import dispatch, small_m_table
-from vllm_b200_plugin.integration import fp8_block_op, linear_bf16
+from vllm_b200_plugin import dispatch, small_m_table, vllm_compat
+from vllm_b200_plugin.integration import fp8_block_op, library, linear_bf16
 from vllm_b200_plugin.integration.fp8_block_op import Engine, Machine, fp8_block_linear
 from vllm_b200_plugin.ops import small_m_gemm
 from vllm_b200_plugin.ops.gemm import fp8_block_scaled_mm
@@ -14,7 +14,11 @@ HOPPER = (9, 0)
 N, K = 192, 256
 CUT, WIDE = (1, 4, 1, 0), (2, 8, 1, 0)
 ROWS = ((2, CUT, False), (4, None, False), (16, WIDE, True))
-TABLE = {(HOPPER, "fp8_block"): {(N, K): ROWS}, (HOPPER, "bf16"): {(N, K): ROWS[:1]}}
+TABLE = {
+    (HOPPER, "fp8_block"): {(N, K): ROWS},
+    (HOPPER, "bf16"): {(N, K): ROWS[:1]},
+    (HOPPER, "fp8"): {(N, K): ROWS[:1]},
+}
 
 
 @pytest.fixture
@@ -104,7 +108,7 @@ def test_fp8_block_layer_runs_its_engine_elsewhere(table, monkeypatch, m, batch_
 @pytest.mark.parametrize("shape", [(1, K), (2, K), (3, K), (2, 1, K), (0, K)])
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_bf16_layer(table, monkeypatch, shape, with_bias):
-    monkeypatch.setattr(linear_bf16, "_capability", lambda: HOPPER)
+    monkeypatch.setattr(library, "capability", lambda: HOPPER)
     calls = []
     run = small_m_gemm.linear
     monkeypatch.setattr(small_m_gemm, "linear", lambda *a, **k: calls.append(k["config"]) or run(*a, **k))
@@ -118,7 +122,7 @@ def test_bf16_layer(table, monkeypatch, shape, with_bias):
 
 
 def test_bf16_layer_compiles_to_one_op_where_ours_may_win(table, monkeypatch):
-    monkeypatch.setattr(linear_bf16, "_capability", lambda: HOPPER)
+    monkeypatch.setattr(library, "capability", lambda: HOPPER)
     graphs = []
 
     def backend(graph, inputs):
@@ -139,8 +143,32 @@ def test_bf16_layer_compiles_to_one_op_where_ours_may_win(table, monkeypatch):
 
 @pytest.mark.parametrize("change", [{"x": torch.float16}, {"weight": torch.float32}])
 def test_bf16_layer_leaves_other_dtypes_alone(table, monkeypatch, change):
-    monkeypatch.setattr(linear_bf16, "_capability", lambda: HOPPER)
+    monkeypatch.setattr(library, "capability", lambda: HOPPER)
     monkeypatch.setattr(torch.nn.functional, "linear", lambda x, weight, bias: "theirs")
     x = torch.randn(1, K).to(change.get("x", torch.bfloat16))
     weight = torch.randn(N, K).to(change.get("weight", torch.bfloat16))
     assert linear_bf16.unquantized_gemm(torch.nn.Module(), x, weight) == "theirs"
+
+
+@pytest.mark.parametrize("m, ours", [(0, False), (1, True), (2, True), (3, False), (40, False)])
+@pytest.mark.parametrize("per_token", [False, True])
+def test_fp8_layer(table, monkeypatch, m, ours, per_token):
+    pytest.importorskip("vllm")
+    from vllm_b200_plugin.integration import linear_fp8_scaled
+
+    monkeypatch.setattr(library, "capability", lambda: HOPPER)
+    calls = []
+
+    def cutlass(a, b, *, out_dtype, scale_a, scale_b, bias):
+        calls.append("cutlass")
+        return ((a.float() * scale_a) @ (b.float() * scale_b.view(1, -1)) + bias.float()).to(out_dtype)
+
+    monkeypatch.setattr(vllm_compat, "CUTLASS_GEMM", type("Found", (), {"get": staticmethod(lambda: cutlass)}))
+    x, weight = torch.randn(m, K).to(torch.float8_e4m3fn), torch.randn(N, K).to(torch.float8_e4m3fn)
+    x_scale, weight_scale = (torch.rand(m, 1), torch.rand(N, 1)) if per_token else (torch.rand(1), torch.rand(()))
+    bias = torch.randn(N, dtype=torch.bfloat16)
+    out = torch.ops.vllm_b200.fp8_linear(x, weight, x_scale, weight_scale, bias, torch.bfloat16)
+    expected = (x.double() * x_scale) @ (weight.double() * weight_scale).t() + bias
+    assert out.dtype == torch.bfloat16 and torch.allclose(out.double(), expected, rtol=1e-2, atol=0.05)
+    assert calls == ([] if ours else ["cutlass"])
+    assert linear_fp8_scaled.B200CutlassFp8Kernel.apply_scaled_mm

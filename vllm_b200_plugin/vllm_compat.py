@@ -60,6 +60,20 @@ FP8_BLOCK_KERNELS = Private(
     "to put ours before vLLM's",
     _LINEAR_LIST,
 )
+FP8_KERNELS = Private(
+    _LINEAR,
+    "_POSSIBLE_FP8_KERNELS",
+    "the same for FP8 with a scale per tensor, or per channel and token",
+    "to put ours before vLLM's",
+    _LINEAR_LIST,
+)
+CUTLASS_FP8_KERNEL = Private(
+    _LINEAR,
+    "CutlassFP8ScaledMMLinearKernel",
+    "vLLM's CUTLASS kernel class for these",
+    "base of ours",
+    _LINEAR_LIST,
+)
 LINEAR_BACKENDS = Private(
     _LINEAR,
     "_LINEAR_BACKEND_KERNEL_MAP",

@@ -4,7 +4,6 @@ vLLM sends all of these through one function. A layer whose shape our kernel nev
 for the others one op, opaque to torch.compile, branches on the number of tokens.
 """
 
-import functools
 from typing import Any
 
 import torch
@@ -41,15 +40,10 @@ def unquantized_gemm(
 # A constant for torch.compile, which would otherwise trace the table's look-up.
 @torch.compiler.assume_constant_result
 def _takes(n: int, k: int) -> bool:
-    limit = dispatch.small_m_limit(_KIND, n, k, _capability())
+    limit = dispatch.small_m_limit(_KIND, n, k, library.capability())
     if limit:
         report.chosen("bfloat16 linear", dispatch.SMALL_M, f"{n}x{k}: up to {limit} tokens, else vLLM's")
     return limit > 0
-
-
-@functools.cache
-def _capability() -> tuple[int, int]:
-    return vllm_compat.capability() or (0, 0)
 
 
 torch_library.define("bf16_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
@@ -65,7 +59,7 @@ def _fake(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> t
 def _implementation(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     num_tokens = x.numel() // x.shape[-1]
     if 0 < num_tokens < dispatch.SMALL_M_BELOW:
-        choice = dispatch.small_m_gemm(_KIND, num_tokens, *weight.shape, _capability())
+        choice = dispatch.small_m_gemm(_KIND, num_tokens, *weight.shape, library.capability())
         if choice.kernel == dispatch.SMALL_M and _rows_aligned(weight):
             rows: Any = x.reshape(num_tokens, x.shape[-1])
             if not _rows_aligned(rows):
