@@ -113,8 +113,8 @@ def fp8_block_gemm(num_tokens: int, capability: tuple[int, int], *, flashinfer: 
 
 
 SMALL_M_BELOW = 33  # tokens; above, nobody need ask
-# A shape that was not measured goes by the nearest one that was, up to a factor of 1.5 away in N and K together.
-_NEAR = math.log(1.5)
+# A shape that was not measured goes by the nearest one that was, up to a factor of 1.2 away in N and K together.
+_NEAR = math.log(1.2)
 
 
 @dataclass(frozen=True)

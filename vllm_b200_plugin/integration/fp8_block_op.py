@@ -125,8 +125,10 @@ def _small_m(
     elif x.data_ptr() % 16 or x.stride(0) % 8:
         x = x.clone(memory_format=torch.contiguous_format)
     config = small_m_gemm.Config(*choice.config)
+    # Behind our quantisation, which lets its successor start early, PDL saves about 1 us; behind what vLLM has there,
+    # which does not, it costs 0.2 us.
     return small_m_gemm.fp8_block_linear(
-        x, weight, weight_scale, scale, out_dtype=out_dtype, ue8m0=ue8m0, config=config, pdl=True
+        x, weight, weight_scale, scale, out_dtype=out_dtype, ue8m0=ue8m0, config=config, pdl=choice.quantise_first
     )
 
 

@@ -64,7 +64,7 @@ def _implementation(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | 
             rows: Any = x.reshape(num_tokens, x.shape[-1])
             if not _rows_aligned(rows):
                 rows = rows.clone(memory_format=torch.contiguous_format)
-            out = small_m_gemm.linear(rows, weight, bias=bias, config=small_m_gemm.Config(*choice.config), pdl=True)
+            out = small_m_gemm.linear(rows, weight, bias=bias, config=small_m_gemm.Config(*choice.config))
             return out.view(*x.shape[:-1], weight.shape[0])
     return torch.nn.functional.linear(x, weight, bias)
 

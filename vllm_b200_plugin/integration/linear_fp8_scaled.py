@@ -81,7 +81,7 @@ def _implementation(
         if choice.kernel == dispatch.SMALL_M:
             config = small_m_gemm.Config(*choice.config)
             return small_m_gemm.scaled_linear(
-                x, x_scale, weight, weight_scale, bias=bias, out_dtype=out_dtype, config=config, pdl=True
+                x, x_scale, weight, weight_scale, bias=bias, out_dtype=out_dtype, config=config
             )
     gemm = vllm_compat.CUTLASS_GEMM.get()
     return gemm(x, weight.t(), out_dtype=out_dtype, scale_a=x_scale, scale_b=weight_scale, bias=bias)
