@@ -37,7 +37,7 @@ def table(monkeypatch):
         (3, N, K, dispatch.VLLM, "3 tokens, no faster"),
         (16, N, K, dispatch.SMALL_M, "16 tokens"),
         (17, N, K, dispatch.VLLM, "17 tokens, no faster"),
-        (1, 256, K, dispatch.SMALL_M, "192x256"),
+        (1, 224, K, dispatch.SMALL_M, "192x256"),
         (1, 2 * N, K, dispatch.VLLM, "no shape near 384x256"),
         (1, N, K + 16, dispatch.VLLM, "K % 128 == 0, got K=272"),
     ],
