@@ -2,15 +2,19 @@
 and explained on any machine."""
 
 import functools
+import math
 from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
 
+from vllm_b200_plugin.small_m_table import TABLE
+
 DEEP_GEMM = "deep_gemm"
 FLASHINFER_SWAP_AB = "flashinfer_swap_ab"
 CUTLASS = "cutlass"
 TRITON = "triton"
+SMALL_M = "small_m_gemm"  # ours, ops/small_m_gemm.py
 REFERENCE = "reference"  # in PyTorch, on CPU
 GATE = "gate"  # our gate of MoE layers, for few tokens
 ROUTER = "router"  # the gate with the selection of experts, in one kernel
@@ -190,3 +194,60 @@ def few_tokens_moe(
     if num_tokens > limit:
         return Choice(VLLM, f"{num_tokens} tokens, ours are for {limit} at most")
     return Choice(FEW_TOKENS, f"{num_tokens} tokens, {limit} at most")
+
+
+SMALL_M_BELOW = 33  # tokens; above, nobody need ask
+# A shape that was not measured goes by the nearest one that was, up to a factor of 1.2 away in N and K together.
+_NEAR = math.log(1.2)
+
+
+@dataclass(frozen=True)
+class SmallMChoice:
+    """kernel: SMALL_M or VLLM. reason: in words, without a full stop.
+
+    config: how ours cuts the work, the fields of ops.small_m_gemm.Config. quantise_first: whether a bfloat16 activation
+    is quantised by a kernel of its own rather than on the way; both only mean something for SMALL_M.
+    """
+
+    kernel: str
+    reason: str
+    config: tuple[int, int, int, int] = (1, 8, 1, 0)
+    quantise_first: bool = False
+
+
+@functools.lru_cache(maxsize=1 << 16)  # asked in every eager call of a layer
+def small_m_gemm(
+    kind: str, num_tokens: int, n: int, k: int, capability: tuple[int, int], *, batch_invariant: bool = False
+) -> SmallMChoice:
+    """Our kernel for few tokens, where it was measured to be faster than what vLLM has, or vLLM's.
+
+    Args:
+        kind: fp8_block, fp8 (a scale per tensor, or per channel and token), int8 or bf16.
+        num_tokens: rows of the activation.
+        n, k: shape of the weight on this rank.
+        capability: compute capability, for example (9, 0).
+        batch_invariant: whether a row's result must not depend on the number of rows (VLLM_BATCH_INVARIANT).
+    """
+    if batch_invariant:
+        return SmallMChoice(VLLM, "batch invariance rules out a choice by the number of tokens")
+    if not (measured := TABLE.get((capability, kind))):
+        return SmallMChoice(VLLM, f"{kind} was not measured on compute capability {capability[0]}.{capability[1]}")
+    multiple = {"fp8_block": GROUP_SIZE, "bf16": 8}.get(kind, 16)
+    if k % multiple:
+        return SmallMChoice(VLLM, f"{SMALL_M} needs K % {multiple} == 0, got K={k}")
+    distance, shape = min((abs(math.log(n / N)) + abs(math.log(k / K)), (N, K)) for N, K in measured)
+    if distance > _NEAR:
+        return SmallMChoice(VLLM, f"no shape near {n}x{k} was measured")
+    where = f"as measured for {shape[0]}x{shape[1]}"
+    for most_tokens, config, quantise_first in measured[shape]:
+        if num_tokens <= most_tokens:
+            if config is None:
+                break
+            return SmallMChoice(SMALL_M, f"{num_tokens} tokens, faster {where}", config, quantise_first)
+    return SmallMChoice(VLLM, f"{num_tokens} tokens, no faster {where}")
+
+
+def small_m_limit(kind: str, n: int, k: int, capability: tuple[int, int]) -> int:
+    """The most tokens for which small_m_gemm takes a layer; 0 where it never does."""
+    counts = range(SMALL_M_BELOW - 1, 0, -1)
+    return next((m for m in counts if small_m_gemm(kind, m, n, k, capability).kernel == SMALL_M), 0)

@@ -107,6 +107,21 @@ FEATURES: tuple[Feature, ...] = (
         after="vllm.model_executor.layers.fused_moe.oracle.fp8",
     ),
     Feature(
+        name="fp8_linear",
+        changes="FP8 linear layers with a scale per tensor, or per channel and token: our GEMM for few tokens where it "
+        "is faster than CUTLASS",
+        needs="the CUDA library, compute capability 9.0, 10.0, 10.3 or 12.0",
+        module="vllm_b200_plugin.integration.linear_fp8_scaled",
+        after="vllm.model_executor.kernels.linear",
+    ),
+    Feature(
+        name="bf16_linear",
+        changes="unquantised bfloat16 linear layers and router gates: our GEMM for few tokens where it is faster",
+        needs="the CUDA library, compute capability 9.0, 10.0, 10.3 or 12.0",
+        module="vllm_b200_plugin.integration.linear_bf16",
+        after="vllm.model_executor.layers.utils",
+    ),
+    Feature(
         name="cpu_fp8_moe",
         changes="FP8 block-scaled experts on CPU: the reference with real W8A8 arithmetic, on any processor",
         needs="vLLM's CPU platform",

@@ -60,6 +60,20 @@ FP8_BLOCK_KERNELS = Private(
     "to put ours before vLLM's",
     _LINEAR_LIST,
 )
+FP8_KERNELS = Private(
+    _LINEAR,
+    "_POSSIBLE_FP8_KERNELS",
+    "the same for FP8 with a scale per tensor, or per channel and token",
+    "to put ours before vLLM's",
+    _LINEAR_LIST,
+)
+CUTLASS_FP8_KERNEL = Private(
+    _LINEAR,
+    "CutlassFP8ScaledMMLinearKernel",
+    "vLLM's CUTLASS kernel class for these",
+    "base of ours",
+    _LINEAR_LIST,
+)
 LINEAR_BACKENDS = Private(
     _LINEAR,
     "_LINEAR_BACKEND_KERNEL_MAP",
@@ -110,6 +124,13 @@ TRITON_KERNEL = Private(
     _LINEAR_LIST,
 )
 
+UNQUANTIZED_GEMM = Private(
+    "vllm.model_executor.layers.utils",
+    "default_unquantized_gemm",
+    "function (layer, x, weight, bias) of every unquantised linear layer and lm_head on CUDA",
+    "to put our kernel for few tokens before it",
+    "kernel classes for unquantised linear layers, as the quantised ones have",
+)
 SCALE_FORMAT = Private(
     "vllm.utils.deep_gemm",
     "DeepGemmQuantScaleFMT",

@@ -94,3 +94,24 @@ def fp8_block_benchmarks() -> Iterator[GemmCase]:
 def _cases(shapes: tuple[tuple[int, int], ...], num_tokens: tuple[int, ...]) -> Iterator[GemmCase]:
     for (n, k), m in product(shapes, num_tokens):
         yield GemmCase(m, n, k)
+
+
+@dataclass(frozen=True)
+class SmallMCase:
+    """A case of ops/small_m_gemm.py. kind: fp8_block, fp8, int8, bf16 or fp16."""
+
+    kind: str
+    num_tokens: int
+    n: int
+    k: int
+
+    def __str__(self) -> str:
+        return f"{self.kind}-{self.num_tokens}x{self.n}x{self.k}"
+
+
+def small_m_tests() -> Iterator[SmallMCase]:
+    shapes = ((1, 128, 128), (3, 200, 384), (8, 576, 1024), (9, 1, 256), (17, 40, 512), (32, 144, 1280))
+    for kind, (m, n, k) in product(("fp8_block", "fp8", "int8", "bf16", "fp16"), shapes):
+        yield SmallMCase(kind, m, n, k)
+        if kind != "fp8_block":
+            yield SmallMCase(kind, m, n, k + 48)

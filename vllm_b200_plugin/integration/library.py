@@ -1,5 +1,7 @@
 """What every feature with a CUDA kernel needs."""
 
+import functools
+
 from vllm_b200_plugin import vllm_compat
 from vllm_b200_plugin.features import FeatureUnavailable
 from vllm_b200_plugin.ops import _library
@@ -15,3 +17,9 @@ def require() -> None:
         raise FeatureUnavailable(
             f"the CUDA library has code for {', '.join(status.archs)}, this GPU is {capability[0]}.{capability[1]}"
         )
+
+
+@functools.cache
+def capability() -> tuple[int, int]:
+    """vllm_compat.capability(), asked once in a process; (0, 0) on other platforms."""
+    return vllm_compat.capability() or (0, 0)
