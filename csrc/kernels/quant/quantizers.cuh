@@ -100,17 +100,6 @@ __device__ __forceinline__ void quantize_chunk(const Chunk<In>& chunk, const Div
   *reinterpret_cast<uint4*>(destination) = make_uint4(packed[0], packed[1], packed[2], packed[3]);
 }
 
-// The scale of a group whose absolute maximum has these bits.
-template <typename Out, bool kPow2>
-__device__ __forceinline__ float scale_of(uint32_t bits, float eps) {
-  float scale = divide_by<kQuantMax<Out>>(__uint_as_float(max(bits, __float_as_uint(eps))));
-  if constexpr (kPow2) {
-    // vLLM's floor for power-of-two scales; a NaN has to pass it.
-    scale = round_up_to_pow2(__uint_as_float(max(__float_as_uint(scale), __float_as_uint(1e-10f))));
-  }
-  return scale;
-}
-
 // The scale of the calling lane's group, from the bits of its chunk's absolute maximum.
 template <typename Out, int kGroupSize, bool kPow2>
 __device__ __forceinline__ float group_scale(uint32_t bits, float eps) {
@@ -118,7 +107,12 @@ __device__ __forceinline__ float group_scale(uint32_t bits, float eps) {
   for (int lanes = kGroupSize / kChunk / 2; lanes > 0; lanes /= 2) {
     bits = max(bits, __shfl_xor_sync(kFullWarp, bits, lanes));
   }
-  return scale_of<Out, kPow2>(bits, eps);
+  float scale = divide_by<kQuantMax<Out>>(__uint_as_float(max(bits, __float_as_uint(eps))));
+  if constexpr (kPow2) {
+    // vLLM's floor for power-of-two scales; a NaN has to pass it.
+    scale = round_up_to_pow2(__uint_as_float(max(__float_as_uint(scale), __float_as_uint(1e-10f))));
+  }
+  return scale;
 }
 
 // Where a lane's part of one row lies.
