@@ -4,6 +4,7 @@ import pytest
 from child import answer
 
 from vllm_b200_plugin import __version__
+from vllm_b200_plugin.features import FEATURES
 
 CODE = """
 import json
@@ -19,16 +20,12 @@ print(json.dumps([factors["VLLM_B200_PLUGIN"], sorted(k for k, v in factors.item
 """
 
 
-@pytest.mark.parametrize(
-    "disabled, names",
-    [
-        ("", "cpu_fp8_moe,fp8_block_linear,group_quant_ops"),
-        ("group_quant_ops", "cpu_fp8_moe,fp8_block_linear"),
-        ("group_quant_ops,fp8_block_linear,cpu_fp8_moe", ""),
-    ],
-)
-def test_version_and_features_are_part_of_the_key(disabled, names):
+NAMES = sorted(feature.name for feature in FEATURES)
+
+
+@pytest.mark.parametrize("disabled", [[], ["group_quant_ops"], NAMES])
+def test_version_and_features_are_part_of_the_key(disabled):
     pytest.importorskip("vllm")
-    key, ours = answer(CODE, VLLM_B200_DISABLE=disabled, VLLM_B200_STRICT="1")
-    assert key == f"{__version__}:{names}"
+    key, ours = answer(CODE, VLLM_B200_DISABLE=",".join(disabled), VLLM_B200_STRICT="1")
+    assert key == f"{__version__}:{','.join(name for name in NAMES if name not in disabled)}"
     assert ours == ["VLLM_B200_PLUGIN"]
