@@ -117,8 +117,8 @@ FUSED_ROUTER_BYTES = 1 << 19
 FUSED_ROUTER_FROM = 3
 
 
-# vLLM's low-latency kernel for fp32 logits, up to 16 tokens: on an H200 slower than ours for one token with 2048 columns
-# (128 experts: 1.84 us against 1.42), as fast with 4096, faster with 7168 and for more tokens.
+# vLLM's low-latency kernel for fp32 logits, up to 16 tokens: on an H200 slower than ours for one token with 2048
+# columns (128 experts: 1.84 us against 1.42), as fast with 4096, faster with 7168 and for more tokens.
 LOW_LATENCY_GATE_FROM = 3
 LOW_LATENCY_GATE_COLUMNS = 2048
 # Above 16 tokens cuBLAS comes close with large weights: 256x7168, 32 tokens, 7.5 us against 6.4.
