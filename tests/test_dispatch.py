@@ -86,8 +86,10 @@ def test_fused_router(num_tokens, shape, kernel, words):
 
 def test_gate():
     assert dispatch.gate(16, 256, 7168).kernel == dispatch.GATE
-    assert dispatch.gate(1, 128, 4096, low_latency=True).kernel == dispatch.GATE
-    for num_tokens, hidden_size in ((3, 2048), (1, 7168)):
+    assert dispatch.gate(32, 128, 4096).kernel == dispatch.GATE
+    assert dispatch.gate(17, 256, 7168).kernel == VLLM
+    assert dispatch.gate(1, 128, 2048, low_latency=True).kernel == dispatch.GATE
+    for num_tokens, hidden_size in ((3, 2048), (1, 4096), (1, 7168)):
         choice = dispatch.gate(num_tokens, 128, hidden_size, low_latency=True)
         assert choice.kernel == VLLM and "low-latency kernel" in choice.reason
 

@@ -102,7 +102,7 @@ def test_what_ours_does_not_take_goes_to_the_original(ops, change):
     [(256, 8, 4, 8, 1), (256, 8, 4, 8, 0), (384, 1, 1, 8, 1), (512, 1, 1, 22, 1), (64, 8, 3, 6, 1)],
 )
 def test_grouped_topk(ops, num_experts, groups, kept, topk, scoring_func):
-    logits, bias = torch.randn(512, num_experts), torch.randn(num_experts)
+    logits, bias = torch.randn(1024, num_experts), torch.randn(num_experts)
     weights, ids = ops.grouped_topk(logits, groups, kept, topk, True, 2.5, bias, scoring_func)
     scoring = Scoring.TANH_SIGMOID if scoring_func else Scoring.NONE
     expected = select_experts(logits, Selection(topk, scoring, True, 2.5, groups, kept), bias)
@@ -116,7 +116,7 @@ def test_grouped_topk(ops, num_experts, groups, kept, topk, scoring_func):
 )
 def test_grouped_topk_that_vllm_does_otherwise(ops, num_experts, groups, kept, topk):
     weights, ids = ops.grouped_topk(
-        torch.randn(512, num_experts), groups, kept, topk, True, 2.5, torch.randn(num_experts), 1
+        torch.randn(1024, num_experts), groups, kept, topk, True, 2.5, torch.randn(num_experts), 1
     )
     [(name, seen)] = ops.original_calls
     assert name == "grouped_topk" and seen[1:6] == (groups, kept, topk, True, 2.5)
@@ -124,24 +124,25 @@ def test_grouped_topk_that_vllm_does_otherwise(ops, num_experts, groups, kept, t
 
 
 def test_sizes_at_which_vllm_is_as_fast_go_to_the_original(ops):
-    ops.grouped_topk(torch.randn(511, 256), 8, 4, 8, True, 2.5, torch.randn(256), 1)
-    for num_tokens in (65, 2047):
-        ids = torch.randint(64, (num_tokens, 8), dtype=torch.int32)
-        outputs = [torch.empty_like(t) for t in moe_align_block_size(ids, 64, 16)]
-        ops.moe_align_block_size(ids, 64, 16, *outputs, None, None)
-    ops.moe_sum(torch.randn(65, 2, 64), torch.empty(65, 64))
-    names = ["grouped_topk", "moe_align_block_size", "moe_align_block_size", "moe_sum"]
+    ops.grouped_topk(torch.randn(1023, 256), 8, 4, 8, True, 2.5, torch.randn(256), 1)
+    for num_tokens, num_experts in ((33, 128), (4095, 128), (1, 64)):
+        ids = torch.randint(num_experts, (num_tokens, 8), dtype=torch.int32)
+        outputs = [torch.empty_like(t) for t in moe_align_block_size(ids, num_experts, 16)]
+        ops.moe_align_block_size(ids, num_experts, 16, *outputs, None, None)
+    for num_tokens in (7, 33):
+        ops.moe_sum(torch.randn(num_tokens, 2, 64), torch.empty(num_tokens, 64))
+    names = ["grouped_topk", *["moe_align_block_size"] * 3, *["moe_sum"] * 2]
     assert [name for name, _ in ops.original_calls] == names
 
 
 @pytest.mark.parametrize("mapped", [False, True])
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_moe_align(ops, mapped, dtype):
-    ids = torch.randint(64, (30, 4), dtype=dtype)
-    expert_map = torch.arange(64, dtype=torch.int32) - 32 if mapped else None
-    expected = moe_align_block_size(ids, 64, 16, expert_map)
+    ids = torch.randint(80, (30, 4), dtype=dtype)
+    expert_map = torch.arange(80, dtype=torch.int32) - 32 if mapped else None
+    expected = moe_align_block_size(ids, 80, 16, expert_map)
     outputs, scatter = [torch.empty_like(t) for t in expected], torch.empty(120, 1, dtype=torch.int32)
-    ops.moe_align_block_size(ids, 64, 16, *outputs, expert_map, scatter)
+    ops.moe_align_block_size(ids, 80, 16, *outputs, expert_map, scatter)
     assert all(torch.equal(a, b) for a, b in zip(outputs, expected, strict=True))
     missing = ids.flatten() < 32 if mapped else torch.zeros(120, dtype=torch.bool)
     assert torch.equal(scatter.flatten(), torch.arange(120, dtype=torch.int32).masked_fill(missing, -1))
@@ -149,10 +150,10 @@ def test_moe_align(ops, mapped, dtype):
 
 
 def test_moe_align_with_too_little_room_goes_to_the_original(ops):
-    ids = torch.randint(64, (30, 4), dtype=torch.int32)
-    outputs = [torch.empty_like(t) for t in moe_align_block_size(ids, 64, 16)]
-    ops.moe_align_block_size(ids, 64, 16, outputs[0][:-1], *outputs[1:], None, None)
-    ops.moe_align_block_size(ids.short(), 64, 16, *outputs, None, None)
+    ids = torch.randint(80, (30, 4), dtype=torch.int32)
+    outputs = [torch.empty_like(t) for t in moe_align_block_size(ids, 80, 16)]
+    ops.moe_align_block_size(ids, 80, 16, outputs[0][:-1], *outputs[1:], None, None)
+    ops.moe_align_block_size(ids.short(), 80, 16, *outputs, None, None)
     assert [name for name, _ in ops.original_calls] == ["moe_align_block_size"] * 2
 
 
@@ -168,14 +169,14 @@ def test_batched_moe_align(ops):
 
 
 def test_moe_sum(ops):
-    x, ids = torch.randn(5, 4, 64).bfloat16(), torch.randint(-1, 8, (5, 4))
-    out = torch.empty(5, 64, dtype=torch.bfloat16)
+    x, ids = torch.randn(9, 4, 64).bfloat16(), torch.randint(-1, 8, (9, 4))
+    out = torch.empty(9, 64, dtype=torch.bfloat16)
     ops.moe_sum(x, out)
     assert torch.equal(out, moe_sum(x))
     ops.moe_sum(x, out, ids, None)
     assert torch.equal(out, moe_sum(x, ids))
     assert not ops.original_calls
-    ops.moe_sum(x[:, :, :63], torch.empty(5, 63, dtype=torch.bfloat16))
+    ops.moe_sum(x[:, :, :63], torch.empty(9, 63, dtype=torch.bfloat16))
     assert [name for name, _ in ops.original_calls] == ["moe_sum"]
 
 

@@ -130,11 +130,13 @@ FUSED_ROUTER_BYTES = 1 << 19
 FUSED_ROUTER_FROM = 3
 
 
-# vLLM's low-latency kernel for fp32 logits, up to 16 tokens: on an H200 slower than ours for one token with up to 4096
-# columns (128x2048 1.84 us against 1.42, 128x4096 1.93 against 1.88), faster with 7168 (2.7 us against 3.0; 3.9 against
-# 5.0 for 16 tokens).
+# vLLM's low-latency kernel for fp32 logits, up to 16 tokens: on an H200 slower than ours for one token with 2048
+# columns (128 experts: 1.84 us against 1.42), as fast with 4096, faster with 7168 and for more tokens.
 LOW_LATENCY_GATE_FROM = 3
-LOW_LATENCY_GATE_COLUMNS = 4096
+LOW_LATENCY_GATE_COLUMNS = 2048
+# Above 16 tokens cuBLAS comes close with large weights: 256x7168, 32 tokens, 7.5 us against 6.4.
+GATE_FEW_TOKENS = 16
+GATE_MANY_TOKENS_BYTES = 1 << 20
 
 
 def gate(num_tokens: int, num_experts: int, hidden_size: int, low_latency: bool = False) -> Choice:
@@ -145,10 +147,12 @@ def gate(num_tokens: int, num_experts: int, hidden_size: int, low_latency: bool 
         num_experts, hidden_size: of the weight.
         low_latency: whether vLLM would run its low-latency kernel.
     """
-    shape = f"{num_experts}x{hidden_size} bfloat16"
+    shape = f"{num_experts}x{hidden_size} bfloat16, {num_tokens} tokens"
     if low_latency and (num_tokens >= LOW_LATENCY_GATE_FROM or hidden_size > LOW_LATENCY_GATE_COLUMNS):
-        return Choice(VLLM, f"{shape}, {num_tokens} tokens: vLLM's low-latency kernel is as fast or faster")
-    return Choice(GATE, f"{shape}, {num_tokens} tokens")
+        return Choice(VLLM, f"{shape}: vLLM's low-latency kernel is as fast or faster")
+    if num_tokens > GATE_FEW_TOKENS and 2 * num_experts * hidden_size > GATE_MANY_TOKENS_BYTES:
+        return Choice(VLLM, f"{shape}: too many tokens for a weight of more than {GATE_MANY_TOKENS_BYTES} bytes")
+    return Choice(GATE, shape)
 
 
 def fused_router(num_tokens: int, num_experts: int, hidden_size: int) -> Choice:

@@ -17,13 +17,14 @@ namespace {
 using torch::stable::detail::to;
 using OptionalTensor = std::optional<Tensor>;
 
-// Where ours is faster than vLLM's, in one run on an H200 with the ops called as
-// vLLM calls them. The grouped selection: 1.2 times from 1024 tokens on, slower
-// for few. The alignment: up to 512 ids and, with more blocks than vLLM's, from
-// 16384 on. The sum: up to 64 tokens, behind them both run at the memory's speed.
-constexpr int64_t kGroupedFromTokens = 512;
-constexpr int64_t kAlignUpToIds = 512, kAlignFromIds = 16384;
-constexpr int64_t kSumUpToTokens = 64;
+// Where ours was faster than vLLM's on an H200, called as vLLM calls its ops. The
+// grouped selection: 1.2 times with 1024 tokens, slower with few. The alignment:
+// 1.2 times with 8 and 128 ids of more than 64 experts (for fewer experts vLLM
+// has another kernel), slower with 2048, 1.9 times with 32768. The sum: 1.1 times
+// with 16 tokens, no faster with 1 and with 64.
+constexpr int64_t kGroupedFromTokens = 1024;
+constexpr int64_t kAlignUpToIds = 256, kAlignFromIds = 32768, kAlignFewIdsFromExperts = 65;
+constexpr int64_t kSumFromTokens = 8, kSumUpToTokens = 32;
 
 bool is_float(const Tensor& x) {
   const ScalarType type = x.scalar_type();
@@ -120,7 +121,7 @@ void moe_align_block_size(Tensor topk_ids, int64_t num_experts, int64_t block_si
                           OptionalTensor scatter_ids) {
   const int64_t num_ids = topk_ids.numel();
   const ScalarType id_type = topk_ids.scalar_type();
-  bool fits = (num_ids <= kAlignUpToIds || num_ids >= kAlignFromIds) &&
+  bool fits = ((num_ids <= kAlignUpToIds && num_experts >= kAlignFewIdsFromExperts) || num_ids >= kAlignFromIds) &&
               (id_type == ScalarType::Int || id_type == ScalarType::Long) && topk_ids.is_contiguous() &&
               num_experts >= 1 && num_experts <= kMaxAlignedExperts && block_size >= 1 && block_size <= (1 << 20) &&
               num_ids < (int64_t{1} << 30) && is_int32(sorted_ids) && is_int32(block_experts) && is_int32(num_sorted) &&
@@ -169,7 +170,7 @@ void moe_sum(Tensor x, Tensor out, OptionalTensor topk_ids, OptionalTensor exper
   bool fits = x.dim() == 3 && is_float(x) && out.scalar_type() == x.scalar_type() && out.is_contiguous();
   if (fits) {
     const int64_t vector = 16 / static_cast<int64_t>(x.element_size());
-    fits = x.size(0) <= kSumUpToTokens && x.size(1) > 0 && x.numel() > 0 && out.numel() == x.size(0) * x.size(2) && x.size(2) % vector == 0 &&
+    fits = x.size(0) >= kSumFromTokens && x.size(0) <= kSumUpToTokens && x.size(1) > 0 && x.numel() > 0 && out.numel() == x.size(0) * x.size(2) && x.size(2) % vector == 0 &&
            x.stride(2) == 1 && x.stride(0) % vector == 0 && x.stride(1) % vector == 0 &&
            reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0 &&
            reinterpret_cast<uintptr_t>(out.data_ptr()) % 16 == 0 && is_int32(expert_map) && (topk_ids || !expert_map);

@@ -145,7 +145,7 @@ def _gate_linear_fake(x: torch.Tensor, weight: torch.Tensor, out_dtype: torch.dt
 @torch.library.impl(torch_library, "gate_linear", "CPU")
 @torch.library.impl(torch_library, "gate_linear", "CUDA")
 def _gate_linear(x: torch.Tensor, weight: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
-    if _takes(x, weight, out_dtype):
+    if _takes(x, weight, out_dtype) and dispatch.gate(x.shape[0], *weight.shape).kernel == dispatch.GATE:
         return router_ops.router_gate(x, weight, out_dtype, pdl=True)
     if out_dtype == x.dtype or x.device.type == "cpu":
         return torch.nn.functional.linear(x, weight).to(out_dtype)

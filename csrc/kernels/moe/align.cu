@@ -98,11 +98,7 @@ __global__ void __launch_bounds__(kBlockThreads) align_kernel(const __grid_const
   const int bits = 32 - __clz(p.num_experts);
   const int64_t begin = min(p.num_ids, rank * ids_per_block), end = min(p.num_ids, begin + ids_per_block);
   const bool one_tile = ids_per_block <= kTile;
-  // Warps that get ids: the others' counts are neither cleared nor added up.
-  const int rounds = one_tile ? static_cast<int>((ids_per_block + kBlockThreads - 1) / kBlockThreads) : kItems;
-  const int used_warps = one_tile && rounds > 0 ? static_cast<int>((ids_per_block + 32 * rounds - 1) / (32 * rounds)) : kWarps;
-  for (int i = tid; i < used_warps * keys; i += kBlockThreads) counts[i] = 0;
-  for (int i = tid; i < keys; i += kBlockThreads) block_counts[i] = 0;
+  for (int i = tid; i < (kWarps + 1) * keys; i += kBlockThreads) counts[i] = 0;
   __syncthreads();
   pdl_wait();
 
@@ -111,6 +107,7 @@ __global__ void __launch_bounds__(kBlockThreads) align_kernel(const __grid_const
   // Ids [first, first + kTile): their experts, ranks, and the counts of every warp.
   auto count_tile = [&](int64_t first) {
     const int64_t ids = min(static_cast<int64_t>(kTile), end - first);
+    const int rounds = static_cast<int>((ids + kBlockThreads - 1) / kBlockThreads);
     warp_first = first + static_cast<int64_t>(warp) * rounds * 32;
 #pragma unroll
     for (int j = 0; j < kItems; ++j) {
@@ -120,7 +117,7 @@ __global__ void __launch_bounds__(kBlockThreads) align_kernel(const __grid_const
     int32_t* mine = counts + warp * keys;
 #pragma unroll
     for (int j = 0; j < kItems; ++j) {
-      if (j >= rounds || warp >= used_warps) break;
+      if (j >= rounds) break;
       const int key = expert[j] < 0 ? p.num_experts : expert[j];
       const uint32_t same = lanes_like_this(key, bits);
       place[j] = mine[key] + __popc(same & ((1u << lane) - 1));
@@ -134,7 +131,7 @@ __global__ void __launch_bounds__(kBlockThreads) align_kernel(const __grid_const
     for (int e = tid; e < keys; e += kBlockThreads) {
       int sum = 0;
 #pragma unroll 8
-      for (int w = 0; w < used_warps; ++w) {
+      for (int w = 0; w < kWarps; ++w) {
         const int count = counts[w * keys + e];
         counts[w * keys + e] = sum;
         sum += count;
