@@ -4,6 +4,7 @@ The ops keep their names, so that vLLM's MoE layers and fused passes, which call
 kernel stays behind for the arguments that ours does not take.
 """
 
+import re
 from typing import Any
 
 import torch
@@ -58,7 +59,9 @@ def _original(namespace: str, name: str, dispatch_key: str) -> tuple[Any, str]:
         kernel = torch.library.get_kernel(f"{namespace}::{name}", dispatch_key)
     except RuntimeError as error:
         raise FeatureUnavailable(f"{namespace}::{name} has no kernel for {dispatch_key}: {error}") from error
-    return kernel, str(schema).removeprefix(f"{namespace}::{name}")
+    # torch prints the "Tensor!" of vLLM's schemas as "Tensor($0! -> )", which it cannot read.
+    text = re.sub(r"\(\$(\d+)! -> \)", r"(a\1!)", str(schema))
+    return kernel, text.removeprefix(f"{namespace}::{name}")
 
 
 def _keep(name: str, original: Any, arguments: str, dispatch_key: str) -> None:
