@@ -51,7 +51,8 @@ def compile_key() -> str:
 
 def _apply(feature: Feature) -> None:
     try:
-        importlib.import_module(feature.module).apply()
+        module = importlib.import_module(feature.module)
+        module.apply()
     except NotForThisPlatform as reason:
         _results[feature.name] = str(reason)
         _logger.debug("[b200] %s: %s", feature.name, reason)
@@ -62,6 +63,8 @@ def _apply(feature: Feature) -> None:
         _logger.warning("[b200] %s is off, vLLM keeps its own kernels: %s", feature.name, _in_words(error))
     else:
         _results[feature.name] = APPLIED
+        if choice := getattr(module, "choice", None):
+            importlib.import_module("vllm_b200_plugin.integration.report").choices[feature.name] = choice
 
 
 def _in_words(error: Exception) -> str:

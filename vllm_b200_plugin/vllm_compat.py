@@ -164,6 +164,28 @@ CPU_FP8_EXPERTS = Private(
     "documented base classes",
 )
 
+DEEP_GEMM_E8M0 = Private(
+    "vllm.utils.deep_gemm",
+    "is_deep_gemm_e8m0_used",
+    "function: whether DeepGEMM gets scales that are powers of two",
+    "explain: what quantises, and which experts run",
+    "-",
+)
+VALID_DEEP_GEMM_EXPERTS = Private(
+    "vllm.model_executor.layers.fused_moe.experts.deep_gemm_moe",
+    "_valid_deep_gemm",
+    "function: whether DeepGEMM's experts take these tokens and weights",
+    "explain: a branch on the number of tokens that vLLM takes in every call",
+    "-",
+)
+BASE_LOADER = Private(
+    "vllm.model_executor.model_loader.base_loader",
+    "BaseModelLoader",
+    "base class of model loaders; load_model() returns the model, ready to run",
+    "the table of kernels in the log of a server",
+    "a hook for plugins after the model is loaded",
+)
+
 # Arguments of vLLM's CUDA ops that we stand in for, as their schemas name them. Needed until vLLM chooses quantisation
 # kernels through a registry.
 QUANT_OPS = {
