@@ -56,6 +56,14 @@ FEATURES: tuple[Feature, ...] = (
         module="vllm_b200_plugin.integration.moe_fp8",
         after="vllm.model_executor.layers.fused_moe.oracle.fp8",
     ),
+    Feature(
+        name="startup_report",
+        changes="nothing that runs: once a model is loaded, the log has a line for each kind of layer with its kernel, "
+        "and VLLM_B200_REPORT=FILE gets the same as JSON",
+        needs="nothing",
+        module="vllm_b200_plugin.integration.startup_report",
+        after="vllm.model_executor.model_loader.base_loader",
+    ),
 )
 
 

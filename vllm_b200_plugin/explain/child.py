@@ -26,11 +26,18 @@ _SHARED = (
     "vllm.model_executor.kernels.linear",
     "vllm.model_executor.layers.fused_moe.oracle.fp8",
     "vllm.model_executor.layers.fused_moe.oracle.nvfp4",
+    "vllm.model_executor.layers.fused_moe.oracle.unquantized",
     "vllm.model_executor.model_loader.utils",
     "vllm.model_executor.models.qwen3_moe",
     "vllm.model_executor.models.deepseek_v2",
+    "vllm.compilation.backends",
     "vllm.v1.attention.backends.flash_attn",
     "vllm.v1.attention.backends.flashinfer",
+    "vllm.v1.attention.backends.triton_attn",
+    "vllm.v1.attention.backends.flex_attention",
+    "vllm.v1.attention.backends.mla.flashmla",
+    "vllm.v1.attention.backends.mla.flashinfer_mla",
+    "vllm.v1.attention.backends.mla.triton_mla",
 )
 
 
@@ -86,6 +93,7 @@ def _model(config: Any, ranks: int) -> Any:
     from vllm.distributed import parallel_state
     from vllm.distributed.device_communicators.shm_broadcast import MessageQueue
     from vllm.model_executor.model_loader.utils import initialize_model
+    from vllm.v1.worker.workspace import init_workspace_manager
 
     new_group = dist.new_group
     dist.new_group = lambda ranks=None, **kwargs: new_group(ranks, backend="fake")
@@ -94,6 +102,7 @@ def _model(config: Any, ranks: int) -> Any:
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
         parallel_state.init_distributed_environment(ranks, 0, "", 0, "fake")
         parallel_state.initialize_model_parallel(ranks, 1)
+        init_workspace_manager(torch.device("meta"))
         torch.set_default_dtype(config.model_config.dtype)
         with torch.device("meta"), pretend.to_meta():
             return initialize_model(config)
@@ -163,6 +172,11 @@ def _for_side(pretended: Gpu, jobs: list[dict[str, Any]]) -> list[Any]:
     for module in _SHARED:
         with contextlib.suppress(ImportError):
             importlib.import_module(module)
+    from vllm.model_executor.layers import quantization
+
+    for method in quantization.QUANTIZATION_METHODS:  # a model's configuration imports them all
+        with contextlib.suppress(Exception):
+            quantization.get_quantization_config(method)
 
     def run(job: dict[str, Any]) -> dict[str, Any]:
         pretend.pretend(pretended, job["tp"])

@@ -66,7 +66,8 @@ def _row(row: dict[str, Any], stock: dict[str, Any] | None, pretended: Any) -> s
         for tokens, choice in render.ranges(row)
     )
     refused = "".join(
-        f"<dt><code>{escape(name)}</code></dt><dd>{escape(reason)}</dd>" for name, reason in row["passed_over"].items()
+        f"<dt><code>{escape(', '.join(names))}</code></dt><dd>{escape(reason)}</dd>"
+        for reason, names in render.refusals(row).items()
     )
     was = f'<div class="stock">stock: <code>{escape(render.runs(stock))}</code></div>' if stock else ""
     more = f"<details><summary>{len(row['passed_over'])} passed over</summary><dl>{refused}</dl></details>"

@@ -61,6 +61,8 @@ def pretend(gpu: Gpu, ranks: int) -> None:
     }
     for name, answer in answers.items():
         setattr(torch.cuda, name, lambda *args, answer=answer, **kwargs: answer)
+    torch.accelerator.empty_cache = lambda: None
+    torch.cuda.Stream = torch.cuda.Event = _Placeholder
     if torch.version.cuda is None:  # a CPU build of torch; vLLM and FlashInfer ask which CUDA it is for
         torch.version.cuda = "13.0"
 
@@ -89,10 +91,17 @@ def assume_library(gpu: Gpu) -> str:
     arch = f"{gpu.capability[0]}{gpu.capability[1]}a"
     built = f"is built for {', '.join(status.archs)}" if status.loaded else "was not built"
     pretended = dataclasses.replace(status, loaded=True, reason="", archs=(*status.archs, arch))
-    _library.status = lambda: pretended
+    _library.status = lambda: pretended  # type: ignore[assignment]
     if not status.loaded:
-        _library.override_quant_ops = lambda namespace, dispatch_key: None  # type: ignore[assignment]
+        _library.override_quant_ops = lambda namespace, dispatch_key: None
     return f"the plugin's CUDA library {built}; the table is for one with {arch}"
+
+
+class _Placeholder:
+    """For streams and events, which layers make and only a step uses."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
 
 
 def _no_kernel(*args: Any, **kwargs: Any) -> None:

@@ -82,16 +82,26 @@ def _table(table: dict[str, Any], details: bool) -> str:
     if table.get("overridden_ops"):
         lines.append(f"    ops of vLLM that run our kernel: {', '.join(table['overridden_ops'])}")
     if details:
-        for row in rows:
-            lines += _details(row, changed(row, stock))
+        for alike in _alike(rows, stock):
+            lines += _details(alike, changed(alike[0], stock))
     return "\n".join(lines) + "\n"
 
 
-def _details(row: dict[str, Any], stock: dict[str, Any] | None) -> list[str]:
-    lines = [
-        "",
-        f"  {row['count']} x {row['name']}: {row['shape']}" + (f", {row['weights']}" if row["weights"] else ""),
-    ]
+def _alike(rows: list[dict[str, Any]], stock: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """The rows, those together of which the same is to be said."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        other = changed(row, stock)
+        said = [row["kind"], row["weights"], runs(row), row["choices"], row["quantiser"], row["passed_over"]]
+        found.setdefault(str([*said, runs(other) if other else ""]), []).append(row)
+    return list(found.values())
+
+
+def _details(rows: list[dict[str, Any]], stock: dict[str, Any] | None) -> list[str]:
+    row = rows[0]
+    lines = ["", *(f"  {one['count']} x {one['name']}: {one['shape']}" for one in rows)]
+    if row["weights"]:
+        lines.append(f"    weights     {row['weights']}")
     lines.append(f"    kernel      {row['kernel']}")
     for tokens, choice in ranges(row):
         lines.append(f"    {tokens:<11} {choice['kernel']}: {choice['reason']}")
@@ -99,8 +109,16 @@ def _details(row: dict[str, Any], stock: dict[str, Any] | None) -> list[str]:
         lines.append(f"    {'cache write' if row['kind'] == 'attention' else 'quantiser  '} {row['quantiser']}")
     if stock:
         lines.append(f"    stock       {runs(stock)}" + (f"; {stock['quantiser']}" if stock["quantiser"] else ""))
-    lines += [f"    not         {candidate}: {reason}" for candidate, reason in row["passed_over"].items()]
+    lines += [f"    not         {', '.join(names)}: {reason}" for reason, names in refusals(row).items()]
     return lines
+
+
+def refusals(row: dict[str, Any]) -> dict[str, list[str]]:
+    """Reason -> the candidates that were passed over for it."""
+    found: dict[str, list[str]] = {}
+    for candidate, reason in row["passed_over"].items():
+        found.setdefault(reason, []).append(candidate)
+    return found
 
 
 def _short(name: str) -> str:

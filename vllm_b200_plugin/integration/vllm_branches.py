@@ -116,10 +116,10 @@ def expert_quantiser(method: Any, experts: str, overridden: Collection[str]) -> 
 
 def kv_cache_write(module: Any, backend: str, overridden: Collection[str]) -> str:
     """What writes the KV cache."""
-    if getattr(module.attn_backend, "forward_includes_kv_cache_update", False):
-        return "in the attention kernel"
     if "MLA" in backend:
         return _op("_C_cache_ops::concat_and_cache_mla", overridden)
+    if getattr(module.attn_backend, "forward_includes_kv_cache_update", False):
+        return "in the attention kernel"
     if "Triton" in backend:
         return "Triton reshape_and_cache"
     return _op("_C_cache_ops::reshape_and_cache_flash", overridden)
