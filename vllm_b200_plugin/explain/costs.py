@@ -42,7 +42,7 @@ def _bytes(row: dict[str, Any], num_tokens: int, context: int) -> int:
         experts, _local, chosen = row["experts"]
         return int(row["weight_bytes"] * (1 - (1 - chosen / experts) ** num_tokens))
     if row["kind"] == "attention":
-        return num_tokens * context * row["cache_bytes"]
+        return num_tokens * min(context, row["window"] or context) * row["cache_bytes"]
     return row["weight_bytes"]
 
 

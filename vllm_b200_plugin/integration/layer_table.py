@@ -26,7 +26,7 @@ class Row:
     kernel: the class, or the function, that does the work. choices: number of tokens -> what that runs, and why.
     quantiser: what quantises the activation; empty where nothing does. weight_bytes: of one layer, as created, before
     a kernel lays them out its own way. experts: (in all, on this rank, chosen for a token), for experts only.
-    cache_bytes: of the KV cache, for a token, read by attention.
+    cache_bytes: of the KV cache, for a token, read by attention. window: the most tokens that it looks back.
     passed_over: candidate that vLLM asked before -> why not.
     """
 
@@ -40,6 +40,7 @@ class Row:
     weight_bytes: int = 0
     experts: tuple[int, int, int] | None = None
     cache_bytes: int = 0
+    window: int | None = None
     passed_over: dict[str, str] = field(default_factory=dict)
     count: int = 1
 
@@ -160,6 +161,7 @@ def _attention(name: str, module: torch.nn.Module, overridden: list[str]) -> Row
         choices=_choices(module, title, True),
         quantiser=vllm_branches.kv_cache_write(module, title, overridden),
         cache_bytes=_cache_bytes(module, kv_heads, size),
+        window=window,
     )
 
 
