@@ -46,7 +46,9 @@ def results() -> dict[str, str]:
 
 def compile_key() -> str:
     """Plugin version and the features that may have changed what vLLM compiles."""
-    return f"{__version__}:{','.join(sorted(name for name, state in _results.items() if state in (APPLIED, PENDING)))}"
+    in_graphs = {feature.name for feature in features.FEATURES if feature.in_graphs}
+    names = sorted(name for name, state in _results.items() if state in (APPLIED, PENDING) and name in in_graphs)
+    return f"{__version__}:{','.join(names)}"
 
 
 def _apply(feature: Feature) -> None:

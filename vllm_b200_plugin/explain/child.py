@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from vllm_b200_plugin import vllm_compat
 from vllm_b200_plugin.explain import pretend
 from vllm_b200_plugin.explain.gpus import Gpu, gpu
 
@@ -68,11 +69,9 @@ def build(job: dict[str, Any]) -> dict[str, Any]:
 def _engine_config(job: dict[str, Any]) -> Any:
     """vLLM's configuration, as `vllm serve` makes it; the class of the model is looked at here, not in a child."""
     from vllm.engine.arg_utils import EngineArgs
-    from vllm.model_executor.models import registry
 
-    registry._LazyRegisteredModel.inspect_model_cls = lambda self: registry._ModelInfo.from_model_cls(
-        self.load_model_cls()
-    )
+    info = vllm_compat.MODEL_INFO.get()
+    vllm_compat.LAZY_MODEL.get().inspect_model_cls = lambda self: info.from_model_cls(self.load_model_cls())
     arguments = EngineArgs(
         model=job["model"],
         load_format="dummy",
@@ -90,22 +89,19 @@ def _model(config: Any, ranks: int) -> Any:
     import torch.distributed as dist
     from torch.testing._internal.distributed.fake_pg import FakeStore
     from vllm.config import set_current_vllm_config
-    from vllm.distributed import parallel_state
-    from vllm.distributed.device_communicators.shm_broadcast import MessageQueue
-    from vllm.model_executor.model_loader.utils import initialize_model
-    from vllm.v1.worker.workspace import init_workspace_manager
 
+    parallel_state = vllm_compat.PARALLEL_STATE.get()
     new_group = dist.new_group
     dist.new_group = lambda ranks=None, **kwargs: new_group(ranks, backend="fake")
-    MessageQueue.create_from_process_group = staticmethod(lambda *args, **kwargs: None)
+    vllm_compat.MESSAGE_QUEUE.get().create_from_process_group = staticmethod(lambda *args, **kwargs: None)
     with set_current_vllm_config(config):
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
         parallel_state.init_distributed_environment(ranks, 0, "", 0, "fake")
         parallel_state.initialize_model_parallel(ranks, 1)
-        init_workspace_manager(torch.device("meta"))
+        vllm_compat.INIT_WORKSPACE.get()(torch.device("meta"))
         torch.set_default_dtype(config.model_config.dtype)
         with torch.device("meta"), pretend.to_meta():
-            return initialize_model(config)
+            return vllm_compat.INITIALIZE_MODEL.get()(config)
 
 
 def _forked(task: Callable[[], Any]) -> tuple[int, int]:

@@ -16,7 +16,9 @@ th { border-bottom-width: 2px; white-space: nowrap; } td.n, th.n { text-align: r
 code { font: 12.5px/1.4 ui-monospace, monospace; overflow-wrap: anywhere; }
 tr.changed td:first-child { border-left: 4px solid var(--mark); }
 tr.changed .now { color: var(--mark); font-weight: 600; }
-.stock { opacity: .75; } .note { opacity: .75; max-width: 75em; }
+.stock { opacity: .75; } .note { opacity: .75; max-width: 75em; margin: .3em 0; }
+th:nth-child(2) { width: 20%; } th:nth-child(3) { width: 17%; }
+th:nth-child(4) { width: 32%; } th:nth-child(5) { width: 14%; }
 details { background: var(--soft); border-radius: 4px; padding: .1em .6em; margin-top: .3em; }
 summary { cursor: pointer; } dl { margin: .3em 0; } dt { font-weight: 600; } dd { margin: 0 0 .3em 1em; }
 """
@@ -60,16 +62,19 @@ def _table(table: dict[str, Any]) -> str:
 def _row(row: dict[str, Any], stock: dict[str, Any] | None, pretended: Any) -> str:
     cost = costs.cost(row, pretended, 1, render.CONTEXT)
     launches = "?" if cost.launches is None else str(cost.launches)
+    parts = render.ranges(row)
     choices = "".join(
-        f"<dt>{tokens} token{'' if tokens == '1' else 's'}: <code>{escape(choice['kernel'])}</code></dt>"
+        f"<p class=note>{escape(choice['reason'])}</p>"
+        if len(parts) == 1 and choice["kernel"] == row["kernel"]
+        else f"<dt>{tokens} token{'' if tokens == '1' else 's'}: <code>{escape(choice['kernel'])}</code></dt>"
         f"<dd>{escape(choice['reason'])}</dd>"
-        for tokens, choice in render.ranges(row)
+        for tokens, choice in parts
     )
     refused = "".join(
         f"<dt><code>{escape(', '.join(names))}</code></dt><dd>{escape(reason)}</dd>"
         for reason, names in render.refusals(row).items()
     )
-    was = f'<div class="stock">stock: <code>{escape(render.runs(stock))}</code></div>' if stock else ""
+    was = f'<div class="stock">stock: <code>{escape(render.stock_runs(row, stock))}</code></div>' if stock else ""
     more = f"<details><summary>{len(row['passed_over'])} passed over</summary><dl>{refused}</dl></details>"
     return (
         f'<tr{" class=changed" if stock else ""}><td class="n">{row["count"]}</td>'

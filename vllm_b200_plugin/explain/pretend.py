@@ -9,6 +9,7 @@ import sys
 from types import SimpleNamespace
 from typing import Any
 
+from vllm_b200_plugin import vllm_compat
 from vllm_b200_plugin.explain.gpus import Gpu
 
 _COMMUNICATOR = "vllm.distributed.device_communicators.base_device_communicator.DeviceCommunicatorBase"
@@ -22,12 +23,12 @@ def load_lazily() -> None:
 def pretend(gpu: Gpu, ranks: int) -> None:
     """`ranks` GPUs of this kind, for torch.cuda and for vLLM's platform."""
     import torch
-    import vllm.platforms
-    from vllm.platforms.cuda import CudaPlatformBase
-    from vllm.platforms.interface import DeviceCapability
 
-    class Pretended(CudaPlatformBase):
-        get_device_capability = classmethod(lambda cls, device_id=0: DeviceCapability(*gpu.capability))
+    base: Any = vllm_compat.CUDA_PLATFORM.get()
+    capability = vllm_compat.DEVICE_CAPABILITY.get()(*gpu.capability)
+
+    class Pretended(base):
+        get_device_capability = classmethod(lambda cls, device_id=0: capability)
         get_device_name = classmethod(lambda cls, device_id=0: gpu.name)
         get_device_total_memory = classmethod(lambda cls, device_id=0: gpu.memory)
         num_compute_units = classmethod(lambda cls, device_id=0: gpu.sms)
@@ -36,7 +37,7 @@ def pretend(gpu: Gpu, ranks: int) -> None:
         is_arch_support_pdl = classmethod(lambda cls: True)
         get_device_communicator_cls = classmethod(lambda cls: _COMMUNICATOR)
 
-    vllm.platforms._current_platform = Pretended()
+    vllm_compat.PLATFORMS.get()._current_platform = Pretended()
     properties = SimpleNamespace(
         name=gpu.name,
         major=gpu.capability[0],
@@ -72,7 +73,7 @@ def assume_deep_gemm() -> None:
     import vllm.utils.deep_gemm as deep_gemm
     import vllm.utils.import_utils as import_utils
 
-    if import_utils._has_module_spec("vllm.third_party.deep_gemm"):
+    if vllm_compat.HAS_MODULE.get()("vllm.third_party.deep_gemm"):
         import_utils.has_deep_gemm = deep_gemm.has_deep_gemm = lambda: True
     # It would start its compiler for the device at hand. What selection asks of it is whether it is there.
     deep_gemm._lazy_init = lambda: None

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from vllm_b200_plugin import vllm_compat
+
 # id of the layer under construction -> {candidate: reason}; the layers stay alive as long as the model does
 passed_over: dict[int, dict[str, str]] = {}
 
@@ -14,16 +16,16 @@ passed_over: dict[int, dict[str, str]] = {}
 def install(platform: Any) -> None:
     """Listen to vLLM's linear kernels, experts and attention backends."""
     from vllm.model_executor.kernels import linear
-    from vllm.model_executor.layers.fused_moe.modular_kernel import FusedMoEExperts
 
+    experts_base = vllm_compat.EXPERTS_BASE.get()
     lists = [value for name, value in vars(linear).items() if name.startswith("_POSSIBLE_") and isinstance(value, dict)]
     kernels = {kernel for by_platform in lists for kernel in by_platform.get(platform._enum, [])}
     for base in {base for kernel in kernels for base in kernel.__mro__ if base is not object}:
         for question in ("is_supported", "can_implement"):
             if question in vars(base):
                 setattr(base, question, _classmethod(vars(base)[question], kernels))
-    FusedMoEExperts.__init_subclass__ = classmethod(_listen_to_experts)
-    for experts in _with_subclasses(FusedMoEExperts):
+    experts_base.__init_subclass__ = classmethod(_listen_to_experts)
+    for experts in _with_subclasses(experts_base):
         _listen_to_experts(experts)
     backends = type(platform).get_valid_backends
     type(platform).get_valid_backends = classmethod(lambda cls, *args, **kwargs: _attention(backends(*args, **kwargs)))

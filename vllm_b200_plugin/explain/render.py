@@ -33,6 +33,11 @@ def runs(row: dict[str, Any]) -> str:
     return f"{row['kernel']}: " + ", ".join(f"{tokens}: {choice['kernel']}" for tokens, choice in parts)
 
 
+def stock_runs(row: dict[str, Any], stock: dict[str, Any]) -> str:
+    """What stock vLLM runs, with its quantiser where that is the difference."""
+    return runs(stock) + (f"; {stock['quantiser']}" if stock["quantiser"] != row["quantiser"] else "")
+
+
 def changed(row: dict[str, Any], stock: list[dict[str, Any]]) -> dict[str, Any] | None:
     """The row of stock vLLM for the same layers, where that runs something else."""
     for other in stock:
@@ -108,7 +113,7 @@ def _details(rows: list[dict[str, Any]], stock: dict[str, Any] | None) -> list[s
     if row["quantiser"]:
         lines.append(f"    {'cache write' if row['kind'] == 'attention' else 'quantiser  '} {row['quantiser']}")
     if stock:
-        lines.append(f"    stock       {runs(stock)}" + (f"; {stock['quantiser']}" if stock["quantiser"] else ""))
+        lines.append(f"    stock       {stock_runs(row, stock)}")
     lines += [f"    not         {', '.join(names)}: {reason}" for reason, names in refusals(row).items()]
     return lines
 
