@@ -12,7 +12,7 @@ import torch
 from vllm_b200_plugin import cli, explain, plugin
 from vllm_b200_plugin.dispatch import Choice
 from vllm_b200_plugin.environment import CannotRun
-from vllm_b200_plugin.explain import costs, page, record, render, stubs
+from vllm_b200_plugin.explain import child, costs, page, record, render, stubs
 from vllm_b200_plugin.explain.gpus import GPUS, gpu
 from vllm_b200_plugin.integration import layer_table, report, vllm_branches
 from vllm_b200_plugin.model_shapes import MODEL_SHAPES
@@ -87,6 +87,15 @@ def test_where_a_configuration_comes_from(tmp_path):
     shutil.copy(folder / "config.json", alone)
     name, copied = explain.model_folder(str(alone), tmp_path / "other")
     assert (name, copied) == ("my-config", tmp_path / "other" / "my-config")
+
+
+def test_errors_of_vllm_in_a_line():
+    unknown = (
+        "1 validation error for ModelConfig\n  Value error, Model architectures ['No'] are not supported for now. "
+        "Supported architectures: dict_keys(['A']) [type=value_error, input_value=...]\n    For further information"
+    )
+    assert child._in_words(ValueError(unknown)) == "Model architectures ['No'] are not supported for now."
+    assert child._in_words(RuntimeError("a\n b")) == "RuntimeError: a b"
 
 
 # --- stand-ins for libraries

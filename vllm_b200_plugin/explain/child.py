@@ -122,10 +122,13 @@ def _forked(task: Callable[[], Any]) -> tuple[int, int]:
 
 
 def _in_words(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
-    if "validation error" in (lines[0] if lines else "") and len(lines) > 2:
-        lines = [lines[2].removeprefix("Value error, ").split(" [type=")[0]]
-    return f"{type(error).__name__}: {' '.join(lines)[:600]}"
+    """What went wrong in one line; of pydantic's errors what vLLM put into them."""
+    text = " ".join(str(error).split())
+    if "Value error, " in text:
+        text = text.split("Value error, ", 1)[1].split(" [type=")[0]
+    text = text.split(" Supported architectures:")[0]
+    kind = "" if "Value error, " in str(error) else f"{type(error).__name__}: "
+    return f"{kind}{text[:600]}"
 
 
 def _collect(tasks: list[Callable[[], Any]], parallel: int) -> list[Any]:
