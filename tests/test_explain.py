@@ -193,6 +193,8 @@ def test_stock_is_paired_and_notes_are_kept():
         "b is off: no reason",
     ]
     assert explain.pair([stock]) == [stock]
+    (failed,) = explain.pair([with_plugin, {"job": stock["job"], "error": "no memory"}])
+    assert failed["error"] == "stock vLLM: no memory"
 
 
 def test_page_is_drawn_by_a_browser(tmp_path):

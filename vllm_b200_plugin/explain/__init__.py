@@ -170,7 +170,10 @@ def pair(tables: list[dict[str, Any]]) -> list[dict[str, Any]]:
     stock = {_place(table): table for table in tables if table["job"]["stock"]}
     with_plugin = [table for table in tables if not table["job"]["stock"]]
     for table in with_plugin:
-        table["stock"] = stock.get(_place(table), {}).get("rows", [])
+        other = stock.get(_place(table), {})
+        table["stock"] = other.get("rows", [])
+        if "error" in other:
+            table.setdefault("error", f"stock vLLM: {other['error']}")
     for table in tables:
         table["notes"] = _notes(table)
     return with_plugin or tables
