@@ -5,7 +5,8 @@ from typing import Any
 GPU_BYTES = 141e9
 BYTES_PER_ENGINE = 50e9  # weights; leaves room for two KV caches, activations and CUDA graphs
 
-_BYTES = {"fp8": 1.0, "compressed-tensors": 1.0, "mxfp4": 0.53125, None: 2.0}  # mxfp4: a byte of scale for 32 values
+# A byte of scale for 32 values of mxfp4, for 16 of modelopt's NVFP4.
+_BYTES = {"fp8": 1.0, "compressed-tensors": 1.0, "mxfp4": 0.53125, "modelopt": 0.5625, None: 2.0}
 
 
 def parameters(config: dict[str, Any]) -> float:
@@ -15,12 +16,13 @@ def parameters(config: dict[str, Any]) -> float:
 
 
 def weight_bytes(config: dict[str, Any]) -> float:
-    """Bytes of the same on the GPU; embeddings and lm_head are bf16, MXFP4 models quantise their experts alone."""
+    """Bytes of the same on the GPU; embeddings and lm_head are bf16, as is attention where the config says so."""
     outside, layers = _matrices(config)
-    method = config.get("quantization_config", {}).get("quant_method")
-    size = {
-        kind: _BYTES[None if method == "mxfp4" and kind == "attention" else method] for kind in ("attention", "mlp")
-    }
+    quantization = config.get("quantization_config", {})
+    method = quantization.get("quant_method")
+    excluded = [*quantization.get("modules_to_not_convert", ()), *quantization.get("ignore", ())]
+    attention = None if any("self_attn" in pattern for pattern in excluded) else method
+    size = {"attention": _BYTES[attention], "mlp": _BYTES[method]}
     return 2 * outside + sum(size[kind] * count for layer in layers for kind, count in layer.items())
 
 

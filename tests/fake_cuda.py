@@ -127,7 +127,7 @@ def define_quant_ops(
         ("per_token_group_fp8_quant_packed", "output_s_packed", "fp8", ""),
         ("per_token_group_quant_int8", "output_s", "int8", ""),
     ):
-        tensors = f"Tensor input, Tensor(a!) output_q, Tensor(b!) {scale}"
+        tensors = f"Tensor input, Tensor! output_q, Tensor! {scale}"  # as vLLM's extension writes them
         library.define(f"{name}({tensors}, int group_size, float eps, float {kind}_min, float {kind}_max{extra}) -> ()")
         library.impl(name, functools.partial(kernel, name), dispatch_key)
 

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from vllm_b200_plugin import demo, doctor, environment
+from vllm_b200_plugin import demo, doctor, environment, explain
 from vllm_b200_plugin.demo.checkpoint import FORMATS
 
 
@@ -28,15 +28,40 @@ def _parser() -> argparse.ArgumentParser:
         "doctor", help="what is installed, built and switched on, and what to do about the rest"
     )
     check.add_argument("--json", action="store_true", help="the same as JSON")
+
+    why = commands.add_parser(
+        "explain", help="which kernel every layer of a model gets on a GPU that need not be there, and why"
+    )
+    why.add_argument("model", help="a model's folder, a config.json, or the name of a public shape")
+    why.add_argument(
+        "--capability",
+        nargs="+",
+        default=explain.DEFAULT_CAPABILITIES,
+        metavar="X.Y",
+        help="compute capabilities: 9.0 (H200), 10.0 (B200), 10.3 (B300), 12.0 (RTX PRO 6000) (default: 9.0 10.0)",
+    )
+    why.add_argument("--tp", type=int, default=1, help="tensor-parallel ranks (default: 1)")
+    why.add_argument("--ep", action="store_true", help="spread the experts over the ranks")
+    why.add_argument("--stock", action="store_true", help="vLLM without the plugin")
+    why.add_argument("--brief", action="store_true", help="the tables alone, without reasons")
+    why.add_argument("--json", type=Path, metavar="FILE", help="the same as JSON")
+    why.add_argument("--html", type=Path, metavar="FILE", help="the same as a page")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit codes: 0 fine; 1 the server failed, or doctor found something to do; 2 cannot run; 130 interrupted."""
+    """Exit codes: 0 fine; 1 the server failed, doctor found something to do, or a model could not be
+    explained; 2 cannot run; 130 interrupted."""
     args = _parser().parse_args(argv)
     try:
         if args.command == "doctor":
             return doctor.run(as_json=args.json)
+        if args.command == "explain":
+            return explain.run(
+                explain.Options(
+                    args.model, tuple(args.capability), args.tp, args.ep, args.stock, args.json, args.html, args.brief
+                )
+            )
         return demo.run(
             demo.Options(args.format, args.port, args.model_dir, args.timeout, keep=args.keep, eager=args.eager)
         )

@@ -89,6 +89,7 @@ def examine() -> Report:
         for name in (
             "VLLM_B200_DISABLE",
             "VLLM_B200_STRICT",
+            "VLLM_B200_REPORT",
             "VLLM_DISABLED_KERNELS",
             "VLLM_PLUGINS",
             "VLLM_BATCH_INVARIANT",

@@ -24,6 +24,7 @@ class Feature:
 
     module: integration module whose apply() puts the feature in place, or raises FeatureUnavailable.
     after: vLLM module that apply() changes; the feature waits until vLLM has imported it.
+    in_graphs: whether what vLLM compiles depends on it, so that it is part of the compile-cache key.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Feature:
     needs: str
     module: str
     after: str
+    in_graphs: bool = True
 
 
 FEATURES: tuple[Feature, ...] = (
@@ -127,6 +129,15 @@ FEATURES: tuple[Feature, ...] = (
         needs="vLLM's CPU platform",
         module="vllm_b200_plugin.integration.moe_fp8",
         after="vllm.model_executor.layers.fused_moe.oracle.fp8",
+    ),
+    Feature(
+        name="startup_report",
+        changes="nothing that runs: once a model is loaded, the log has a line for each kind of layer with its kernel, "
+        "and VLLM_B200_REPORT=FILE gets the same as JSON",
+        needs="nothing",
+        module="vllm_b200_plugin.integration.startup_report",
+        after="vllm.model_executor.model_loader.base_loader",
+        in_graphs=False,
     ),
 )
 

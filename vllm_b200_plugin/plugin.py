@@ -13,7 +13,7 @@ _results: dict[str, str] = {}
 
 APPLIED, PENDING, DISABLED = "applied", "pending", "disabled"
 # Ours, so that vLLM neither warns of them nor refuses them as unknown variables of its own.
-_ENVIRONMENT = ("VLLM_B200_DISABLE", "VLLM_B200_STRICT", "VLLM_B200_CUDA_ARCHS")
+_ENVIRONMENT = ("VLLM_B200_DISABLE", "VLLM_B200_STRICT", "VLLM_B200_CUDA_ARCHS", "VLLM_B200_REPORT")
 _COMPILE_KEY = "VLLM_B200_PLUGIN"
 
 
@@ -46,12 +46,15 @@ def results() -> dict[str, str]:
 
 def compile_key() -> str:
     """Plugin version and the features that may have changed what vLLM compiles."""
-    return f"{__version__}:{','.join(sorted(name for name, state in _results.items() if state in (APPLIED, PENDING)))}"
+    in_graphs = {feature.name for feature in features.FEATURES if feature.in_graphs}
+    names = sorted(name for name, state in _results.items() if state in (APPLIED, PENDING) and name in in_graphs)
+    return f"{__version__}:{','.join(names)}"
 
 
 def _apply(feature: Feature) -> None:
     try:
-        importlib.import_module(feature.module).apply()
+        module = importlib.import_module(feature.module)
+        module.apply()
     except NotForThisPlatform as reason:
         _results[feature.name] = str(reason)
         _logger.debug("[b200] %s: %s", feature.name, reason)
@@ -62,6 +65,8 @@ def _apply(feature: Feature) -> None:
         _logger.warning("[b200] %s is off, vLLM keeps its own kernels: %s", feature.name, _in_words(error))
     else:
         _results[feature.name] = APPLIED
+        if choice := getattr(module, "choice", None):
+            importlib.import_module("vllm_b200_plugin.integration.report").choices[feature.name] = choice
 
 
 def _in_words(error: Exception) -> str:

@@ -242,6 +242,72 @@ PADDING_MASK = Private(
     "our gate selects for the router, which asks it",
     _FUSED_ROUTER,
 )
+DEEP_GEMM_E8M0 = Private(
+    "vllm.utils.deep_gemm",
+    "is_deep_gemm_e8m0_used",
+    "function: whether DeepGEMM gets scales that are powers of two",
+    "explain: what quantises, and which experts run",
+    "-",
+)
+VALID_DEEP_GEMM_EXPERTS = Private(
+    "vllm.model_executor.layers.fused_moe.experts.deep_gemm_moe",
+    "_valid_deep_gemm",
+    "function: whether DeepGEMM's experts take these tokens and weights",
+    "explain: a branch on the number of tokens that vLLM takes in every call",
+    "-",
+)
+BASE_LOADER = Private(
+    "vllm.model_executor.model_loader.base_loader",
+    "BaseModelLoader",
+    "base class of model loaders; load_model() returns the model, ready to run",
+    "the table of kernels in the log of a server",
+    "a hook for plugins after the model is loaded",
+)
+
+# What `vllm-b200 explain` builds a model with, in a process that pretends a GPU.
+PLATFORMS = Private("vllm", "platforms", "its _current_platform is the device vLLM runs on", "to pretend another", "-")
+CUDA_PLATFORM = Private(
+    "vllm.platforms.cuda", "CudaPlatformBase", "vLLM's platform for CUDA", "base of the pretended GPU", "-"
+)
+DEVICE_CAPABILITY = Private(
+    "vllm.platforms.interface", "DeviceCapability", "compute capability as a tuple", "answer of the pretended GPU", "-"
+)
+LAZY_MODEL = Private(
+    "vllm.model_executor.models.registry",
+    "_LazyRegisteredModel",
+    "a model class by name; inspect_model_cls() looks at it in another process",
+    "that process would not pretend",
+    "-",
+)
+MODEL_INFO = Private(
+    "vllm.model_executor.models.registry", "_ModelInfo", "what vLLM knows of a model class", "as above", "-"
+)
+INITIALIZE_MODEL = Private(
+    "vllm.model_executor.model_loader.utils", "initialize_model", "builds a model without weights", "explain", "-"
+)
+PARALLEL_STATE = Private(
+    "vllm.distributed", "parallel_state", "process groups", "to build one of several ranks without the others", "-"
+)
+MESSAGE_QUEUE = Private(
+    "vllm.distributed.device_communicators.shm_broadcast", "MessageQueue", "between ranks", "there is one rank", "-"
+)
+INIT_WORKSPACE = Private(
+    "vllm.v1.worker.workspace", "init_workspace_manager", "scratch memory", "some attention asks for it early", "-"
+)
+EXPERTS_BASE = Private(
+    "vllm.model_executor.layers.fused_moe.modular_kernel",
+    "FusedMoEExperts",
+    "base of experts; is_supported_config() says why one is passed over",
+    "the reasons that explain prints",
+    "-",
+)
+HAS_MODULE = Private(
+    "vllm.utils.import_utils",
+    "_has_module_spec",
+    "function: whether a module is installed",
+    "DeepGEMM, which vLLM brings, may not load without a driver",
+    "-",
+)
 
 # Arguments of vLLM's CUDA ops that we stand in for, as their schemas name them. Needed until vLLM chooses quantisation
 # kernels through a registry.

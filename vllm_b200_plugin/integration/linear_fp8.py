@@ -30,6 +30,7 @@ class _OneOp:
     engine: what the op runs. kernel: its GEMM's name in dispatch.py. runs: the same in words.
     """
 
+    quantiser: ClassVar[str] = "vllm_b200::per_token_group_quant"
     engine: ClassVar[Engine]
     kernel: ClassVar[str]
     runs: ClassVar[str]
@@ -58,6 +59,10 @@ class _OneOp:
         if bias is not None:
             out = (out + bias).to(out.dtype)
         return out.view(*x.shape[:-1], params.weight.shape[0])
+
+    def choice(self, num_tokens: int) -> dispatch.Choice:
+        """The GEMM that the op runs for so many tokens."""
+        return dispatch.Choice(self.kernel, _reason(self.kernel, self.config))
 
 
 def _shapes(config: Any) -> tuple[torch.dtype, tuple[int, int], tuple[int, int]]:
@@ -115,6 +120,12 @@ class B200FlashInferDeepGemmFp8BlockKernel(B200DeepGemmFp8BlockKernel):
             return False, "VLLM_BATCH_INVARIANT rules out a choice by the number of tokens"
         return super().can_implement(config)
 
+    def choice(self, num_tokens: int) -> dispatch.Choice:
+        here = machine()
+        return dispatch.fp8_block_gemm(
+            num_tokens, here.capability, flashinfer=True, batch_invariant=here.batch_invariant
+        )
+
 
 class B200CutlassFp8BlockKernel(_InPlaceOf, _Cutlass):
     """Our quantisation, then vLLM's CUTLASS GEMM: for layers that DeepGEMM does not take."""
@@ -170,6 +181,12 @@ class B200CpuFp8BlockKernel(_OneOp, _Base):
 
     def apply_block_scaled_mm(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         raise NotImplementedError("apply_weights does it all")
+
+
+def choice(layer: torch.nn.Module, num_tokens: int) -> dispatch.Choice | None:
+    """What a layer of ours runs for so many tokens."""
+    kernel = report.linear_kernel(layer)
+    return kernel.choice(num_tokens) if isinstance(kernel, _OneOp) else None
 
 
 def apply() -> None:
