@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from fake_moe_ops import define_moe_ops
+from fake_moe_ops import SCHEMAS, define_moe_ops
 
 from vllm_b200_plugin import vllm_compat
 from vllm_b200_plugin.features import FeatureUnavailable
