@@ -9,12 +9,12 @@ import types
 import pytest
 import torch
 
-from vllm_b200_plugin import cli, explain, plugin
+from vllm_b200_plugin import cli, explain, plugin, vllm_compat
 from vllm_b200_plugin.dispatch import Choice
 from vllm_b200_plugin.environment import CannotRun
 from vllm_b200_plugin.explain import child, costs, page, record, render, stubs
 from vllm_b200_plugin.explain.gpus import GPUS, gpu
-from vllm_b200_plugin.integration import layer_table, report, vllm_branches
+from vllm_b200_plugin.integration import layer_table, report, startup_report, vllm_branches
 from vllm_b200_plugin.model_shapes import MODEL_SHAPES
 
 
@@ -302,3 +302,42 @@ def test_vllms_branches_by_kernel():
     hopper = "FlashInferFp8DeepGEMMDynamicBlockScaledKernel"
     assert [vllm_branches.choice(object(), hopper, n).kernel for n in (31, 32)] == ["FlashInfer swap-AB", "DeepGEMM"]
     assert vllm_branches.choice(object(), "CutlassFp8BlockScaledMMKernel", 1) is None
+
+
+def test_report_of_a_loaded_model(monkeypatch, tmp_path, caplog):
+    class Loader:
+        def load_model(self, vllm_config):
+            return model()
+
+    monkeypatch.setattr(vllm_compat.Private, "get", lambda entry: Loader)
+    monkeypatch.setattr(vllm_compat, "capability", lambda: (9, 0))
+    monkeypatch.setattr(startup_report, "_models", [])
+    monkeypatch.setenv("VLLM_B200_REPORT", str(tmp_path / "report.json"))
+    startup_report.apply()
+    startup_report.apply()
+    with caplog.at_level("INFO", logger="vllm.b200"):
+        Loader().load_model(None)
+    assert [record.getMessage() for record in caplog.records] == [
+        "[b200] 3 x layers.*.proj N=64 K=128: F.linear",
+        "[b200] 1 x head N=8 K=128: F.linear",
+    ]
+    (loaded,) = json.loads((tmp_path / "report.json").read_text())["models"]
+    assert loaded["capability"] == [9, 0]
+    assert [found["count"] for found in loaded["rows"]] == [3, 1]
+
+
+def test_a_report_that_fails_does_not_stop_the_engine(monkeypatch, caplog):
+    loader = types.SimpleNamespace(load_model=lambda self, config: "a model")
+    monkeypatch.setattr(vllm_compat.Private, "get", lambda entry: loader)
+    startup_report.apply()
+    assert loader.load_model(None, None) == "a model"
+    assert "[b200] no table of kernels: AttributeError" in caplog.text
+    monkeypatch.setenv("VLLM_B200_STRICT", "1")
+    with pytest.raises(AttributeError):
+        loader.load_model(None, None)
+
+
+def test_line_of_the_report():
+    few, many = Choice("few", "1 token"), Choice("many", "more")
+    kind = layer_table.Row("linear", "proj", "N=1 K=2", "bf16", "Ours", {1: few, 16: few, 256: many}, "quant", count=2)
+    assert startup_report.line(kind) == "2 x proj N=1 K=2: Ours (1: few, 256: many), quant"

@@ -190,12 +190,10 @@ def test_a_missing_vllm_name_is_a_reason():
         Private("no_such_module", "x", "a name", "", "").get()
 
 
-def test_this_vllm_has_every_name_in_the_register():
-    pytest.importorskip("vllm")
+def test_the_register_says_what_and_why():
     from vllm_b200_plugin import vllm_compat
 
     names = [value for value in vars(vllm_compat).values() if isinstance(value, vllm_compat.Private)]
     assert len(names) > 20
-    for name in names:
-        name.get()
+    for name in names:  # tests/test_compat.py looks them up, also those that only a GPU's build can import
         assert name.what and name.why and name.until
