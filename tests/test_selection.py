@@ -124,6 +124,7 @@ def test_selection_on_gpu(capability, expected, scale_layout):
     assert {name: picks[name] for name in expected} == expected
     assert picks["block 64"] not in (FLASHINFER, DEEP_GEMM, CUTLASS, TRITON)
     assert results["fp8_block_linear"] == results["group_quant_ops"] == "applied"
+    assert results["topk_ops"] == results["moe_align_ops"] == "applied"
     assert order[:2] == [FLASHINFER, DEEP_GEMM]
     assert len(set(order)) == len(order)
     assert not cuda
