@@ -94,7 +94,7 @@ def assume_library(gpu: Gpu) -> str:
     pretended = dataclasses.replace(status, loaded=True, reason="", archs=(*status.archs, arch))
     _library.status = lambda: pretended  # type: ignore[assignment]
     if not status.loaded:
-        _library.override_quant_ops = lambda namespace, dispatch_key: None
+        _library.override_op = lambda namespace, op, dispatch_key: None
     return f"the plugin's CUDA library {built}; the table is for one with {arch}"
 
 
