@@ -21,14 +21,17 @@ class Variant:
         """What the engine's process needs on top of ours to be this variant."""
         if self.side == "stock":
             return {"VLLM_PLUGINS": "none"}
-        return {"VLLM_B200_DISABLE": ",".join(name for name in FEATURE_NAMES if name not in self.features)}
+        return {
+            "VLLM_B200_DISABLE": ",".join(name for name in FEATURE_NAMES if name not in self.features),
+            "VLLM_B200_ENABLE": ",".join(self.features),
+        }
 
 
 STOCK = Variant("stock", (), "stock")
 
 
 def plugin(names: Iterable[str] | None = None) -> Variant:
-    """The plugin with the features `names`; without them, with those that VLLM_B200_DISABLE leaves on.
+    """The plugin with the features `names`; without them, with those that are on here.
 
     Raises CannotRun for a name that is no feature's, and where none is left.
     """

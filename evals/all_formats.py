@@ -13,8 +13,10 @@ not; 2 it could not run.
 
 import argparse
 import gzip
+import itertools
 import json
 import math
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -62,7 +64,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--top", type=int, default=20, help="log-probabilities a token; default: %(default)s")
     parser.add_argument("--multiple", type=float, default=4, help="of the noise floor; default: %(default)s")
     parser.add_argument("--least-floor", type=float, default=1e-5, metavar="NATS", help="default: %(default)s")
-    parser.add_argument("--jobs", type=int, default=4, help="engines at once; default: %(default)s")
+    parser.add_argument("--jobs", type=int, default=4, help="engines at once, over all GPUs; default: %(default)s")
     parser.add_argument("--time-limit", type=float, default=math.inf, metavar="SECONDS",
                         help="end the engines that are not done then, and write what there is")  # fmt: skip
     parser.add_argument("--out", type=Path, required=True, metavar="DIR",
@@ -108,7 +110,7 @@ def run(options: argparse.Namespace) -> int:
         **{name: getattr(options, name) for name in ("questions", "fewshot", "num_texts", "tokens", "top")},
     }
     work = options.work.absolute()
-    keys, tasks = [], []
+    keys, tasks, gpus = [], [], itertools.cycle(_gpus())
     for model in models:
         for side in sides.both(sides.STOCK):
             if side.name == BASELINE and options.reference_only and model.name != options.reference:
@@ -118,7 +120,7 @@ def run(options: argparse.Namespace) -> int:
             own = {"model": path, "model files": sides.model_digest(path), **sides.identity(side, versions)}
             sides.claim(folder, {**settings, **own}, options.fresh)
             keys.append((model.name, side))
-            env = {**sides.offline_environment(path, own_data=True), **side.env}
+            env = {**sides.offline_environment(path, own_data=True), **side.env, **next(gpus)}
             request = {**asked, "model": path, "arguments": options.vllm}
             tasks.append(Task("both_worker", request, folder, env, f"{model.name} {side.what}"))
     waiting = [i for i, task in enumerate(tasks) if not (task.folder / "logprobs.json").exists()]
@@ -137,6 +139,12 @@ def run(options: argparse.Namespace) -> int:
     if not any(name == PLUGIN for _, name in results):
         raise SideFailed(f"no engine with the plugin ran: {next(iter(failed.values()))}")
     return 0 if all(found.verdict(rules) in ("same", "-") for found in compared) else 1
+
+
+def _gpus() -> list[dict[str, str]]:
+    """The environment of an engine on each GPU; one that changes nothing where there is none to choose."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(str(index) for index in range(len(environment.gpus())))
+    return [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in visible.split(",") if gpu] or [{}]
 
 
 def _word_problems(work: Path, questions: int) -> Path:

@@ -20,12 +20,17 @@ print(json.dumps([factors["VLLM_B200_PLUGIN"], sorted(k for k, v in factors.item
 """
 
 
-ALL = {feature.name for feature in FEATURES}
+ON = {feature.name for feature in FEATURES if not feature.trial}
+TRIALS = {feature.name for feature in FEATURES if feature.trial}
+IN_GRAPHS = {feature.name for feature in FEATURES if feature.in_graphs}
 
 
-@pytest.mark.parametrize("disabled", [set(), {"group_quant_ops"}, ALL], ids=len)
-def test_version_and_features_are_part_of_the_key(disabled):
+@pytest.mark.parametrize(
+    "disabled, asked_for", [(set(), set()), ({"group_quant_ops"}, TRIALS), (ON, set())], ids=["on", "trials", "off"]
+)
+def test_version_and_features_are_part_of_the_key(disabled, asked_for):
     pytest.importorskip("vllm")
-    key, ours = answer(CODE, VLLM_B200_DISABLE=",".join(disabled), VLLM_B200_STRICT="1")
-    assert key == f"{__version__}:{','.join(sorted(ALL - disabled))}"
+    switches = {"VLLM_B200_DISABLE": ",".join(disabled), "VLLM_B200_ENABLE": ",".join(asked_for)}
+    key, ours = answer(CODE, **switches, VLLM_B200_STRICT="1")
+    assert key == f"{__version__}:{','.join(sorted(((ON | asked_for) - disabled) & IN_GRAPHS))}"
     assert ours == ["VLLM_B200_PLUGIN"]

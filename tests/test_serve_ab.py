@@ -18,6 +18,9 @@ from benchmarks.model_size import BYTES_PER_ENGINE, describe, parameters, weight
 from benchmarks.serve_engine import Engine, EngineFailed
 from benchmarks.serve_measure import ablation_table
 from benchmarks.serve_variants import FEATURE_NAMES, STOCK
+from vllm_b200_plugin.features import FEATURES
+
+ON = sorted(feature.name for feature in FEATURES if not feature.trial)
 
 TINY = "tiny-qwen3-moe-bf16"
 ROOT = Path(__file__).parents[1]
@@ -84,7 +87,7 @@ def test_record_of_a_run(fakes, tmp_path: Path, capsys) -> None:
     sides = [line for line in rest if "tpot_ms" in line]
     assert [(line["batch"], line["side"]) for line in sides] == [(b, s) for b in (1, 8) for s in ("stock", "plugin")]
     assert all(set(line) >= KEYS and line["model"] == TINY for line in sides)
-    assert all(line["features"] == (sorted(FEATURE_NAMES) if line["side"] == "plugin" else []) for line in sides)
+    assert all(line["features"] == (ON if line["side"] == "plugin" else []) for line in sides)
     assert sides[1]["not_applied"] == {"group_quant_ops": "for CUDA, this is a CPU"}
     assert {"model": TINY, "batch": 8, "tpot_ratio": 2.0} in rest
     assert rest[-1]["profile"]["kernels"][0]["kernel"] == "void a::gemm<1, 2>(int)", "full names in the record"
@@ -101,12 +104,13 @@ def test_only_some_features(fakes, tmp_path: Path) -> None:
     assert [line["features"] for line in lines if "tpot_ms" in line] == [[], ["fp8_block_linear"]]
     environment = fakes.started[1].variant.environment()
     assert set(environment["VLLM_B200_DISABLE"].split(",")) == set(FEATURE_NAMES) - {"fp8_block_linear"}
+    assert environment["VLLM_B200_ENABLE"] == "fp8_block_linear", "one on trial runs where it is named"
     assert STOCK.environment() == {"VLLM_PLUGINS": "none"}
 
 
 def test_the_variable_that_disables_features_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_B200_DISABLE", "group_quant_ops")
-    assert serve_variants.plugin().features == tuple(sorted(set(FEATURE_NAMES) - {"group_quant_ops"}))
+    assert serve_variants.plugin().features == tuple(sorted(set(ON) - {"group_quant_ops"}))
 
 
 def test_ablation_sets() -> None:

@@ -30,10 +30,9 @@ SWAP_AB_BELOW = 8
 PLAIN_SCALES_BELOW = 32
 # On an H200 against vLLM 0.32's Triton experts, all of the layer after the router (moe_few_tokens_sweep.csv and
 # fused_experts.jsonl in benchmarks/results/h200, two runs): 128 experts of 2048x768, 8 a token, 18 us against 29 with
-# one token, 33 against 38 with two, 50 against 53 with four, 81 against 84 with eight, slower with more. 256 experts
-# of 7168x2048: 99 us with one token, as long as Triton's two products without the rest; more were not compared.
-FEW_TOKENS_MOE = 4
-FEW_TOKENS_MOE_LARGE_EXPERTS = 1
+# one token, 33 against 38 with two; from four on the runs are too near each other to choose by. Larger experts were not
+# compared.
+FEW_TOKENS_MOE = 2
 LARGE_EXPERT_BYTES = 8 << 20
 MIN_TOPK = 4  # fewer leave warps without work
 
@@ -179,10 +178,8 @@ def few_tokens_limit(
         num_experts, hidden_size, intermediate_size: of the layer on this GPU.
         capability: compute capability, for example (9, 0).
     """
-    if capability != (9, 0) or topk < MIN_TOPK:
-        return 0
     large = 3 * hidden_size * intermediate_size > LARGE_EXPERT_BYTES
-    return FEW_TOKENS_MOE_LARGE_EXPERTS if large else FEW_TOKENS_MOE
+    return 0 if capability != (9, 0) or topk < MIN_TOPK or large else FEW_TOKENS_MOE
 
 
 @functools.lru_cache(maxsize=1 << 12)  # asked in every eager call of a layer

@@ -88,6 +88,7 @@ def examine() -> Report:
         name: os.environ[name]
         for name in (
             "VLLM_B200_DISABLE",
+            "VLLM_B200_ENABLE",
             "VLLM_B200_STRICT",
             "VLLM_B200_REPORT",
             "VLLM_DISABLED_KERNELS",
@@ -157,7 +158,8 @@ def _examine_package(report: Report, with_vllm: bool) -> None:
     on = {feature.name for feature in _enabled(report)}
     supported_gpu = any(gpu.arch in environment.BUILDABLE_ARCHS for gpu in report.gpus)
     for feature in features.FEATURES:
-        untried = "not tried: vLLM cannot be imported" if feature.name in on else "disabled"
+        off = "on trial: VLLM_B200_ENABLE switches it on" if feature.trial else "disabled"
+        untried = "not tried: vLLM cannot be imported" if feature.name in on else off
         state = probe["results"].get(feature.name, untried)
         report.features.append({**asdict(feature), "on": feature.name in on, "state": state})
         kind = probe["kinds"].get(feature.name)
@@ -166,12 +168,13 @@ def _examine_package(report: Report, with_vllm: bool) -> None:
 
 
 def _enabled(report: Report) -> tuple[features.Feature, ...]:
-    """features.enabled(), with a name in VLLM_B200_DISABLE that is no feature's among the actions."""
-    names = {name.strip() for name in report.switches.get("VLLM_B200_DISABLE", "").split(",")} - {""}
-    if unknown := names - {feature.name for feature in features.FEATURES}:
-        known = ", ".join(feature.name for feature in features.FEATURES)
-        report.actions.append(f"VLLM_B200_DISABLE names {', '.join(sorted(unknown))}; the features are {known}.")
-    return tuple(feature for feature in features.FEATURES if feature.name not in names)
+    """features.enabled(), with names that are no feature's among the actions."""
+    known = ", ".join(feature.name for feature in features.FEATURES)
+    for variable in ("VLLM_B200_DISABLE", "VLLM_B200_ENABLE"):
+        names = {name.strip() for name in report.switches.get(variable, "").split(",")} - {""}
+        if unknown := names - {feature.name for feature in features.FEATURES}:
+            report.actions.append(f"{variable} names {', '.join(sorted(unknown))}; the features are {known}.")
+    return features.enabled()
 
 
 def _probe(with_vllm: bool) -> dict:

@@ -25,6 +25,7 @@ class Feature:
     module: integration module whose apply() puts the feature in place, or raises FeatureUnavailable.
     after: vLLM module that apply() changes; the feature waits until vLLM has imported it.
     in_graphs: whether what vLLM compiles depends on it, so that it is part of the compile-cache key.
+    trial: its kernels are tested, but no served model has been compared with and without it: off until asked for.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Feature:
     module: str
     after: str
     in_graphs: bool = True
+    trial: bool = False
 
 
 FEATURES: tuple[Feature, ...] = (
@@ -99,6 +101,7 @@ FEATURES: tuple[Feature, ...] = (
         needs="the CUDA library, compute capability 9.0, 10.0, 10.3 or 12.0; a bf16 gate without bias",
         module="vllm_b200_plugin.integration.router_gate",
         after="vllm.model_executor.layers.fused_moe.router.fused_topk_router",
+        trial=True,
     ),
     Feature(
         name="moe_few_tokens",
@@ -107,6 +110,7 @@ FEATURES: tuple[Feature, ...] = (
         needs="the CUDA library, compute capability 9.0, 10.0, 10.3 or 12.0",
         module="vllm_b200_plugin.integration.moe_few_tokens",
         after="vllm.model_executor.layers.fused_moe.oracle.fp8",
+        trial=True,
     ),
     Feature(
         name="fp8_linear",
@@ -115,6 +119,7 @@ FEATURES: tuple[Feature, ...] = (
         needs="the CUDA library, compute capability 9.0, 10.0, 10.3 or 12.0",
         module="vllm_b200_plugin.integration.linear_fp8_scaled",
         after="vllm.model_executor.kernels.linear",
+        trial=True,
     ),
     Feature(
         name="bf16_linear",
@@ -122,6 +127,7 @@ FEATURES: tuple[Feature, ...] = (
         needs="the CUDA library, compute capability 9.0, 10.0, 10.3 or 12.0",
         module="vllm_b200_plugin.integration.linear_bf16",
         after="vllm.model_executor.layers.utils",
+        trial=True,
     ),
     Feature(
         name="cpu_fp8_moe",
@@ -148,17 +154,27 @@ def strict() -> bool:
 
 
 def enabled() -> tuple[Feature, ...]:
-    """The features that VLLM_B200_DISABLE (comma-separated names) leaves on.
+    """The features that VLLM_B200_DISABLE leaves on, and those on trial that VLLM_B200_ENABLE names.
 
-    Raises ValueError for a name that is no feature's when strict(); otherwise warns and ignores it.
+    Both are comma-separated names. Raises ValueError for a name that is no feature's when strict(); otherwise warns and
+    ignores it.
     """
-    disabled = {name.strip() for name in os.environ.get("VLLM_B200_DISABLE", "").split(",")} - {""}
-    if unknown := disabled - {feature.name for feature in FEATURES}:
+    disabled, asked_for = _names("VLLM_B200_DISABLE"), _names("VLLM_B200_ENABLE")
+    return tuple(
+        feature
+        for feature in FEATURES
+        if feature.name not in disabled and (not feature.trial or feature.name in asked_for)
+    )
+
+
+def _names(variable: str) -> set[str]:
+    names = {name.strip() for name in os.environ.get(variable, "").split(",")} - {""}
+    if unknown := names - {feature.name for feature in FEATURES}:
         message = (
-            f"VLLM_B200_DISABLE names no feature of vllm-b200-plugin: {', '.join(sorted(unknown))}; "
+            f"{variable} names no feature of vllm-b200-plugin: {', '.join(sorted(unknown))}; "
             f"the features are {', '.join(feature.name for feature in FEATURES)}"
         )
         if strict():
             raise ValueError(message)
         _logger.warning("[b200] %s", message)
-    return tuple(feature for feature in FEATURES if feature.name not in disabled)
+    return names

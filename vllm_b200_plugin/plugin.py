@@ -13,7 +13,7 @@ _results: dict[str, str] = {}
 
 APPLIED, PENDING, DISABLED = "applied", "pending", "disabled"
 # Ours, so that vLLM neither warns of them nor refuses them as unknown variables of its own.
-_ENVIRONMENT = ("VLLM_B200_DISABLE", "VLLM_B200_STRICT", "VLLM_B200_CUDA_ARCHS", "VLLM_B200_REPORT")
+_ENVIRONMENT = ("VLLM_B200_DISABLE", "VLLM_B200_ENABLE", "VLLM_B200_STRICT", "VLLM_B200_CUDA_ARCHS", "VLLM_B200_REPORT")
 _COMPILE_KEY = "VLLM_B200_PLUGIN"
 
 

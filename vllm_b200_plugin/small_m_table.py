@@ -3,8 +3,7 @@
 (compute capability, kind) -> (N, K) -> ((most tokens, config, quantise first), ...) with ascending numbers of tokens;
 a config of None, and more tokens than the last, mean vLLM's kernel.
 
-The rows of fp8_block wait for a run beside their peers. They are by hand and for few tokens only, where ours took at
-least a tenth less than DeepGEMM or FlashInfer with their quantisation in another run on the same kind of GPU.
+fp8_block has no rows until it is measured beside DeepGEMM and FlashInfer in one run.
 """
 
 Cut = tuple[int, int, int, int]
@@ -26,16 +25,5 @@ TABLE: dict[tuple[tuple[int, int], str], dict[tuple[int, int], Rows]] = {
         (1792, 12288): ((2, (1, 16, 1, 2), False),),
         (4096, 4096): (),
         (5120, 2048): (),
-    },
-    ((9, 0), "fp8_block"): {
-        (2048, 4096): ((4, (1, 16, 1, 0), False),),
-        (2112, 7168): (
-            (4, (1, 16, 1, 1), False),
-            (8, (1, 16, 1, 0), True),
-        ),
-        (3072, 1536): ((4, (2, 12, 1, 0), False),),
-        (4608, 7168): ((1, (1, 7, 4, 0), False),),
-        (5120, 2048): ((2, (1, 8, 1, 0), False),),
-        (7168, 2048): ((1, (4, 8, 1, 0), False),),
     },
 }
