@@ -186,6 +186,21 @@ def _carry(compute_routing: Any) -> Any:
     return carried
 
 
+def choice(layer: torch.nn.Module, num_tokens: int) -> dispatch.Choice | None:
+    """What a gate of ours runs for so many tokens; None where that is vLLM's."""
+    if not isinstance(layer, B200GateLinear) or not layer._candidate:
+        return None
+    out_dtype = layer.out_dtype or torch.bfloat16
+    if router_ops.refusal(num_tokens, layer.weight, out_dtype) is not None:
+        return None
+    fused = dispatch.fused_router(num_tokens, *layer.weight.shape)
+    if layer._may_carry and fused.kernel == dispatch.ROUTER:
+        return dispatch.Choice(fused.kernel, "with the selection where vLLM's runner lets it, else the gate alone")
+    if not layer._is_faster(num_tokens, out_dtype):
+        return None
+    return dispatch.gate(num_tokens, *layer.weight.shape)
+
+
 def apply() -> None:
     """Put our gate in place of vLLM's, once. Raises FeatureUnavailable where that cannot be done."""
     platform = vllm_compat.CURRENT_PLATFORM.get()
