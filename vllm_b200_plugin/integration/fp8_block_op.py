@@ -117,12 +117,11 @@ def _small_m(
     x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, out_dtype: torch.dtype, engine: str
 ) -> torch.Tensor | None:
     """Our GEMM for few tokens, with the activation's scales as `engine` has them; None where it is not the fastest."""
-    here, num_tokens = machine(), x.shape[0]
+    num_tokens = x.shape[0]
     choice = small_m_choice(num_tokens, *weight.shape)
     if choice.kernel != dispatch.SMALL_M:
         return None
-    plain = engine == Engine.FLASHINFER_DEEP_GEMM and num_tokens < dispatch.PLAIN_SCALES_BELOW
-    ue8m0 = here.ue8m0 and not plain and engine in (Engine.DEEP_GEMM, Engine.FLASHINFER_DEEP_GEMM)
+    ue8m0 = engine in (Engine.DEEP_GEMM, Engine.FLASHINFER_DEEP_GEMM) and scales_of(engine, num_tokens)[1]
     scale = None
     if choice.quantise_first:
         x, scale = per_token_group_quant(x, layout=ScaleLayout.COLUMN, ue8m0=ue8m0)
@@ -137,29 +136,94 @@ def _small_m(
 
 
 def _deep_gemm(
-    x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, block_shape: list[int], out_dtype: torch.dtype,
-    plain_scales: bool = False,
-) -> torch.Tensor:  # fmt: skip
-    here = machine()
-    layout, ue8m0 = (ScaleLayout.COLUMN_TMA, False) if plain_scales else (here.layout, here.ue8m0)
+    x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, block_shape: list[int], out_dtype: torch.dtype
+) -> torch.Tensor:
+    layout, ue8m0 = scales_of(Engine.DEEP_GEMM, x.shape[0])
     q, scale = per_token_group_quant(x, block_shape[1], layout=layout, ue8m0=ue8m0)
-    out = torch.empty((x.shape[0], weight.shape[0]), dtype=out_dtype, device=x.device)
+    return _deep_gemm_of_quantised(q, scale, weight, weight_scale, out_dtype, ue8m0)
+
+
+def _deep_gemm_of_quantised(
+    q: torch.Tensor, scale: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, out_dtype: torch.dtype,
+    ue8m0: bool = True,
+) -> torch.Tensor:  # fmt: skip
+    out = torch.empty((q.shape[0], weight.shape[0]), dtype=out_dtype, device=q.device)
     gemm = vllm_compat.FP8_GEMM_NT.get()
     gemm((q, scale), (weight, weight_scale), out, is_deep_gemm_e8m0_used=ue8m0)
     return out
 
 
+# What fp8_block_linear does with DeepGEMM behind its quantisation, where the scales are packed UE8M0: for a kernel that
+# has quantised before (packed_quant_fusion). q [num_tokens, K] e4m3, scale [num_tokens, ceil(K / 512)] int32.
+torch_library.define(
+    "fp8_block_gemm_packed(Tensor q, Tensor scale, Tensor weight, Tensor weight_scale, ScalarType out_dtype) -> Tensor"
+)
+
+
+@torch.library.register_fake("vllm_b200::fp8_block_gemm_packed", lib=torch_library)
+def _fake_gemm(
+    q: torch.Tensor, scale: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, out_dtype: torch.dtype
+) -> torch.Tensor:
+    return q.new_empty((q.shape[0], weight.shape[0]), dtype=out_dtype)
+
+
+@torch.library.impl(torch_library, "fp8_block_gemm_packed", "CPU")
+@torch.library.impl(torch_library, "fp8_block_gemm_packed", "CUDA")
+def _gemm(
+    q: torch.Tensor, scale: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, out_dtype: torch.dtype
+) -> torch.Tensor:
+    if q.shape[0] == 0:
+        return q.new_empty((0, weight.shape[0]), dtype=out_dtype)
+    return _deep_gemm_of_quantised(q, scale, weight, weight_scale, out_dtype)
+
+
 def _flashinfer_deep_gemm(
     x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, block_shape: list[int], out_dtype: torch.dtype
 ) -> torch.Tensor:
-    here, num_tokens = machine(), x.shape[0]
+    layout, ue8m0 = scales_of(Engine.FLASHINFER_DEEP_GEMM, x.shape[0])
+    q, scale = per_token_group_quant(x, block_shape[1], layout=layout, ue8m0=ue8m0)
+    return _flashinfer_deep_gemm_of_quantised(q, scale, weight, weight_scale, out_dtype, ue8m0)
+
+
+def _flashinfer_deep_gemm_of_quantised(
+    q: torch.Tensor, scale: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, out_dtype: torch.dtype,
+    ue8m0: bool,
+) -> torch.Tensor:  # fmt: skip
+    here, num_tokens = machine(), q.shape[0]
     choice = dispatch.fp8_block_gemm(num_tokens, here.capability, flashinfer=True, batch_invariant=here.batch_invariant)
     if choice.kernel != dispatch.FLASHINFER_SWAP_AB:
-        plain_scales = num_tokens < dispatch.PLAIN_SCALES_BELOW and not here.batch_invariant
-        return _deep_gemm(x, weight, weight_scale, block_shape, out_dtype, plain_scales)
-    q, scale = per_token_group_quant(x, block_shape[1], layout=ScaleLayout.COLUMN_TMA)
+        return _deep_gemm_of_quantised(q, scale, weight, weight_scale, out_dtype, ue8m0)
     gemm = vllm_compat.FLASHINFER_GEMM.get()
     return gemm(input=q, weight=weight, input_scale=scale, weight_scale=weight_scale, out_dtype=out_dtype)
+
+
+def scales_of(engine: str, num_tokens: int) -> tuple[ScaleLayout, bool]:
+    """How a DeepGEMM engine wants the activation's scales, and whether as powers of two."""
+    here = machine()
+    if engine == Engine.FLASHINFER_DEEP_GEMM and num_tokens < dispatch.PLAIN_SCALES_BELOW and not here.batch_invariant:
+        return ScaleLayout.COLUMN_TMA, False
+    return here.layout, here.ue8m0
+
+
+def gemm(
+    q: torch.Tensor, scale: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, out_dtype: torch.dtype,
+    engine: str, ue8m0: bool,
+) -> torch.Tensor:  # fmt: skip
+    """fp8_block_linear for an activation that one of our kernels, which lets this one start early, has quantised.
+
+    q [num_tokens, K] e4m3, scale as scales_of() says, which gave ue8m0, too. engine: one with DeepGEMM.
+    """
+    if q.shape[0] == 0:
+        return q.new_empty((0, weight.shape[0]), dtype=out_dtype)
+    few = small_m_choice(q.shape[0], *weight.shape)
+    if few.kernel == dispatch.SMALL_M:
+        config = small_m_gemm.Config(*few.config)
+        return small_m_gemm.fp8_block_linear(
+            q, weight, weight_scale, scale, out_dtype=out_dtype, config=config, pdl=True
+        )
+    if engine == Engine.FLASHINFER_DEEP_GEMM:
+        return _flashinfer_deep_gemm_of_quantised(q, scale, weight, weight_scale, out_dtype, ue8m0)
+    return _deep_gemm_of_quantised(q, scale, weight, weight_scale, out_dtype, ue8m0)
 
 
 def _cutlass(
