@@ -76,11 +76,12 @@ class NormLinearFusion(_Base):
         vllm_compat.ENABLE_FAKE_MODE.get()(self._register)(dtype)
 
     def _register(self, dtype: torch.dtype) -> None:
-        rows, tensors = torch.empty(8, 512, dtype=dtype), torch.empty(512, dtype=dtype)
+        rows = [torch.empty(8, 512, dtype=dtype) for _ in range(2)]
+        norm_weight = torch.empty(512, dtype=dtype)
         weight, scale = torch.empty(64, 512, dtype=torch.float8_e4m3fn), torch.empty(1, 4, dtype=torch.float32)
         for with_sum, eps, engine in itertools.product((True, False), NORM_EPS, ENGINES):
             search, replace = (_with_sum if with_sum else _without)(eps, dtype, engine.value)
-            examples = [rows] * (1 + with_sum) + [tensors, weight, scale]
+            examples = [*rows[: 1 + with_sum], norm_weight, weight, scale]
             pattern_matcher.register_replacement(
                 search, replace, examples, pattern_matcher.fwd_only, self._patterns, extra_check=norm_is_ours,
                 skip_duplicates=True,
