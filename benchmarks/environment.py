@@ -16,7 +16,7 @@ def environment() -> dict[str, str]:
     env["command"] = " ".join(["python", *sys.orig_argv[1:]])
     if torch.cuda.is_available():
         fields = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem"
-        values = _output("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader").split(", ")
+        values = _output("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader").partition("\n")[0].split(", ")
         env |= dict(zip(("gpu", "driver", *(f.replace(".", "_") for f in fields.split(",")[2:])), values, strict=False))
     return env
 

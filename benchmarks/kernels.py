@@ -4,6 +4,8 @@ import argparse
 import json
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import nullcontext
 from types import ModuleType
 from typing import Any
 
@@ -79,10 +81,18 @@ def main(argv: list[str] | None = None) -> int:
 
     env = environment() | measure_ceilings()
     print(json.dumps(env, indent=1))
-    rows = measure(work, env["copy_gbs"], set(arguments.peers or ()) | {"ours"} if arguments.peers else None)
-    if arguments.out:
-        with open(arguments.out, "w") as file:
-            file.writelines(json.dumps(line) + "\n" for line in [{"env": env}, *rows])
+    rows: list[dict[str, Any]] = []
+    with open(arguments.out, "w") if arguments.out else nullcontext() as file:
+
+        def keep(line: dict[str, Any]) -> None:
+            """On disk at once: a run that is cut short keeps what it has."""
+            if file:
+                print(json.dumps(line), file=file, flush=True)
+
+        keep({"env": env})
+        for row in measure(work, env["copy_gbs"], {*arguments.peers, "ours"} if arguments.peers else None):
+            rows.append(row)
+            keep(row)
     if arguments.report:
         write_report(arguments.report, [(env, rows)])
     regressions = slower(old, rows)
@@ -92,18 +102,16 @@ def main(argv: list[str] | None = None) -> int:
     return 1 if regressions or wrong else 0
 
 
-def measure(work: list[tuple[ModuleType, Any]], ceiling_gbs: float, peers: set[str] | None) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
+def measure(work: list[tuple[ModuleType, Any]], ceiling_gbs: float, peers: set[str] | None) -> Iterator[dict[str, Any]]:
     try:
         for index, (family, case) in enumerate(work):
             progress(index, len(work), f"{family.OP} {case}")
             for row in run_case(family, case, ceiling_gbs, peers):
-                rows.append(row)
+                yield row
                 print(f"\r\033[K{show(row)}", flush=True)
     except KeyboardInterrupt:
         print("\ninterrupted: what was measured is kept", file=sys.stderr)
     progress(len(work), len(work), "")
-    return rows
 
 
 def progress(done: int, total: int, what: str) -> None:

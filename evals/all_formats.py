@@ -46,6 +46,10 @@ class Result:
     kernels: tuple[list[str], list[str]]
 
 
+Results = dict[tuple[str, str], Result]  # by format and side
+Failures = dict[tuple[str, str], SideFailed]
+
+
 def parse(arguments: list[str]) -> argparse.Namespace:
     """Options, and in .vllm what follows --."""
     own, vllm = sides.split(arguments)
@@ -125,16 +129,26 @@ def run(options: argparse.Namespace) -> int:
             tasks.append(Task("both_worker", request, folder, env, f"{model.name} {side.what}"))
     waiting = [i for i, task in enumerate(tasks) if not (task.folder / "logprobs.json").exists()]
     label = f"{len(models)} formats"
-    errors = processes.run_all([tasks[i] for i in waiting], options.jobs, label, options.time_limit)
-    failed = {(keys[waiting[i]][0], keys[waiting[i]][1].name): error for i, error in errors.items()}
-    results = {
-        (name, side.name): _read(side, task.folder)
-        for (name, side), task in zip(keys, tasks, strict=True)
-        if (name, side.name) not in failed
-    }
-    compared = [_compare(model, results, failed, options) for model in models]
     rules = Rules(**{name: getattr(options, name) for name in Rules.__dataclass_fields__})
-    _write(options.out, rules, settings, versions, compared, results)
+
+    def write(errors: Mapping[int, SideFailed]) -> tuple[list[Compared], Results, Failures]:
+        """What is known, on disk: a run that is cut short keeps what it has."""
+        failed = {(keys[waiting[i]][0], keys[waiting[i]][1].name): error for i, error in errors.items()}
+        results = {}
+        for (name, side), task in zip(keys, tasks, strict=True):
+            if (name, side.name) in failed:
+                continue
+            if (task.folder / "logprobs.json").exists():
+                results[name, side.name] = _read(side, task.folder)
+            else:
+                failed[name, side.name] = SideFailed(f"{task.label} has not ended.", "had not ended by then")
+        compared = [_compare(model, results, failed, options) for model in models]
+        _write(options.out, rules, settings, versions, compared, results)
+        return compared, results, failed
+
+    compared, results, failed = write(
+        processes.run_all([tasks[i] for i in waiting], options.jobs, label, options.time_limit, write)
+    )
     print(table(compared, rules))
     if not any(name == PLUGIN for _, name in results):
         raise SideFailed(f"no engine with the plugin ran: {next(iter(failed.values()))}")
@@ -165,8 +179,8 @@ def _read(side: Side, folder: Path) -> Result:
 
 def _compare(
     model: Path,
-    results: Mapping[tuple[str, str], Result],
-    failed: Mapping[tuple[str, str], SideFailed],
+    results: Results,
+    failed: Failures,
     options: argparse.Namespace,
 ) -> Compared:
     found = Compared(model.name, parity.quantisation(str(model)))
@@ -200,7 +214,7 @@ def _write(
     settings: dict[str, Any],
     versions: dict[str, str],
     compared: Sequence[Compared],
-    results: Mapping[tuple[str, str], Result],
+    results: Results,
 ) -> None:
     from benchmarks.environment import environment as measured_on
 
@@ -214,7 +228,7 @@ def _write(
             file.write((json.dumps(line) + "\n").encode())
 
 
-def _answers(results: Mapping[tuple[str, str], Result]) -> Iterator[dict[str, Any]]:
+def _answers(results: Results) -> Iterator[dict[str, Any]]:
     """A line for each answer of each engine, with the number that strict-match found."""
     for (name, side), result in results.items():
         for sample in result.answers["samples"]:

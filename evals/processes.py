@@ -12,7 +12,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -120,10 +120,17 @@ def run(task: Task) -> None:
         worker.check()
 
 
-def run_all(tasks: Sequence[Task], jobs: int, label: str, limit: float = math.inf) -> dict[int, SideFailed]:
+def run_all(
+    tasks: Sequence[Task],
+    jobs: int,
+    label: str,
+    limit: float = math.inf,
+    ended: Callable[[Mapping[int, SideFailed]], object] = lambda failed: None,
+) -> dict[int, SideFailed]:
     """Run tasks, up to `jobs` of them at once; the errors of those that failed, by index in `tasks`.
 
-    limit: seconds after which those that are not done are ended, and have failed. Raises CannotRun, with all others
+    limit: seconds after which those that are not done are ended, and have failed. ended: called with the errors so far
+    whenever a task has ended. Raises CannotRun, with all others
     ended, where a worker found that it was asked for the impossible: what is missing for one is missing for all.
     """
     waiting = list(enumerate(tasks))
@@ -148,6 +155,7 @@ def run_all(tasks: Sequence[Task], jobs: int, label: str, limit: float = math.in
                         failed[index] = error
                     own.close()
                     del running[index]
+                    ended(failed)
             at = ", ".join(f"{worker.task.label} {_brief(worker.status())}" for worker, _ in running.values())
             done = len(tasks) - len(waiting) - len(running)
             progress.show({"doing": "running", "done": done, "total": len(tasks), "more": at})

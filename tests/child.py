@@ -2,12 +2,18 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 TESTS = Path(__file__).parent
+
+
+def take_interrupts() -> None:
+    """In a child that is to be interrupted: what a shell runs in the background ignores SIGINT, as do its children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def run(code: str, **env: str) -> subprocess.CompletedProcess[str]:

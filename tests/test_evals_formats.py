@@ -101,7 +101,7 @@ def engines(tmp_path, monkeypatch):
     monkeypatch.setattr(all_formats.environment, "module_exists", lambda name: True)
 
     def run(behaviour, *options):
-        def run_all(tasks, jobs, label, limit):
+        def run_all(tasks, jobs, label, limit, ended):
             failed = {}
             for index, task in enumerate(tasks):
                 name = "/".join(task.folder.parts[-2:])
@@ -111,9 +111,11 @@ def engines(tmp_path, monkeypatch):
                     failed[index] = SideFailed(f"{task.label} failed: {does} (see log).", does)
                 else:
                     made_up_engine(*does, task)
+                ended(failed)
+                run.written.append(read(run.out)[1])
             return failed
 
-        run.ran = []
+        run.ran, run.written = [], []
         monkeypatch.setattr(processes, "run_all", run_all)
         arguments = [tmp_path / "models", "--questions", 20, "--work", tmp_path / "work", "--out", tmp_path / "out"]
         return all_formats.main([*map(str, arguments), *map(str, options)])
@@ -134,6 +136,8 @@ def test_records_of_all_formats(engines, capsys):
     assert sorted(engines.ran) == [
         f"{name}/{side}" for name in ("bf16", "fp8", "int8") for side in ("baseline", "plugin")
     ]
+    assert engines.written[1]["bf16"]["verdict"] == "same", "on disk as soon as it is known"
+    assert engines.written[1]["fp8"]["failed"] == dict.fromkeys(("baseline", "plugin"), "had not ended by then")
     head, records = read(engines.out)
     assert head["settings"]["questions"] == 20 and head["env"]["vllm"] == "0.32.0"
     assert list(records) == ["bf16", "fp8", "int8"]

@@ -41,8 +41,12 @@ def task(tmp_path, monkeypatch):
 def test_several_at_once(task, capsys):
     tasks = [task(str(i), sleep=0.6) for i in range(4)]
     broken = task("broken", end="raise")
-    failed = processes.run_all([*tasks[:2], broken, *tasks[2:]], jobs=2, label="all")
+    known = []
+    failed = processes.run_all(
+        [*tasks[:2], broken, *tasks[2:]], jobs=2, label="all", ended=lambda failed: known.append(list(failed))
+    )
     assert failed.keys() == {2}
+    assert len(known) == 5 and known[-1] == [2]
     assert str(failed[2]).startswith(
         "broken failed while loading the model: ValueError: no kernel for this layer (see "
     )

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from child import take_interrupts
 
 pytest.importorskip("vllm")
 psutil = pytest.importorskip("psutil")
@@ -48,7 +49,11 @@ def test_interrupt_stops_every_process(tmp_path):
     log = tmp_path / "out"
     with log.open("w") as out:
         demo = subprocess.Popen(
-            [*COMMAND, "--format", "bf16", "--eager"], cwd=tmp_path, stdout=out, stderr=subprocess.STDOUT
+            [*COMMAND, "--format", "bf16", "--eager"],
+            cwd=tmp_path,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            preexec_fn=take_interrupts,
         )
         try:
             deadline = time.monotonic() + 200

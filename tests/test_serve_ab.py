@@ -1,7 +1,6 @@
 """The serving benchmark: arguments, feature sets, record, tables, shapes; one real run of two engines on the CPU."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -334,7 +333,7 @@ def test_interrupt_stops_the_engines(tmp_path: Path) -> None:
     psutil = pytest.importorskip("psutil")
     pytest.importorskip("vllm")
     command = [sys.executable, "-m", "benchmarks.serve_ab", TINY, "--device", "cpu", "--log-dir", str(tmp_path)]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, env={**os.environ})
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, preexec_fn=child.take_interrupts)
     try:
         deadline = time.monotonic() + 60
         while not (tmp_path / "plugin.log").exists():

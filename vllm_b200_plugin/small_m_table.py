@@ -2,8 +2,6 @@
 
 (compute capability, kind) -> (N, K) -> ((most tokens, config, quantise first), ...) with ascending numbers of tokens;
 a config of None, and more tokens than the last, mean vLLM's kernel.
-
-fp8_block has no rows until it is measured beside DeepGEMM and FlashInfer in one run.
 """
 
 Cut = tuple[int, int, int, int]
@@ -27,11 +25,25 @@ TABLE: dict[tuple[tuple[int, int], str], dict[tuple[int, int], Rows]] = {
         (5120, 2048): (),
     },
     ((9, 0), "fp8_block"): {
+        (2048, 4096): (
+            (1, (1, 8, 1, 0), False),
+            (4, (1, 16, 1, 0), False),
+            (8, (1, 16, 1, 0), True),
+        ),
         (2112, 7168): (
             (2, (1, 15, 1, 0), False),
             (4, (2, 15, 2, 0), False),
             (8, (1, 15, 1, 0), True),
         ),
-        (3072, 1536): ((2, (2, 12, 1, 0), False),),
+        (3072, 1536): (
+            (1, (2, 12, 1, 0), False),
+            (2, (1, 12, 1, 0), False),
+            (8, (2, 12, 1, 0), False),
+        ),
+        (5120, 2048): (
+            (1, (2, 8, 1, 0), False),
+            (2, (1, 8, 1, 0), False),
+        ),
+        (7168, 2048): ((2, (2, 8, 1, 0), False),),
     },
 }
