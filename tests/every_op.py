@@ -134,7 +134,9 @@ def _masked(m: Model, h: torch.Tensor, pdl: bool, seen: list[torch.Tensor]) -> t
 
 
 def _norm_group(m: Model, h: torch.Tensor, pdl: bool, seen: list[torch.Tensor]) -> torch.Tensor:
-    seen += rms_norm_group_quant(h, m.norm, EPS, layout=ScaleLayout.PACKED_UE8M0, pdl=pdl)
+    total = torch.empty_like(h)
+    packed = ScaleLayout.PACKED_UE8M0
+    seen += [total, *rms_norm_group_quant(h, m.norm, EPS, residual=m.residual, total=total, layout=packed, pdl=pdl)]
     q, scale = rms_norm_group_quant(h, m.norm, EPS, residual=m.residual, pdl=pdl)
     return _block(m, q, scale, pdl, Config(2, 8, 2, 0))
 

@@ -130,6 +130,15 @@ FEATURES: tuple[Feature, ...] = (
         trial=True,
     ),
     Feature(
+        name="packed_quant_fusion",
+        changes="compiled graphs with packed UE8M0 scales (DeepGEMM on Blackwell): RMSNorm or silu_and_mul and the "
+        "quantisation behind it become one kernel",
+        needs="the CUDA library, compute capability 9.0, 10.0, 10.3 or 12.0; vLLM's passes norm_quant or act_quant on",
+        module="vllm_b200_plugin.integration.packed_quant_fusion",
+        after="vllm.compilation.passes.pass_manager",
+        trial=True,
+    ),
+    Feature(
         name="cpu_fp8_moe",
         changes="FP8 block-scaled experts on CPU: the reference with real W8A8 arithmetic, on any processor",
         needs="vLLM's CPU platform",

@@ -309,6 +309,27 @@ HAS_MODULE = Private(
     "-",
 )
 
+# The passes over the graphs that vLLM compiles.
+_PASSES = "a documented way for plugins to add a pass"
+POST_GRAD_PASSES = Private(
+    "vllm.compilation.passes.pass_manager",
+    "PostGradPassManager",
+    "runs the passes, which configure() makes, and names them in the cache key",
+    "to add ours behind them",
+    _PASSES,
+)
+INDUCTOR_PASS = Private(
+    "vllm.compilation.passes.inductor_pass", "InductorPass", "base class of these passes", "base of ours", _PASSES
+)
+ENABLE_FAKE_MODE = Private(
+    "vllm.compilation.passes.inductor_pass",
+    "enable_fake_mode",
+    "decorator: tensors without data",
+    "patterns are traced while a model is",
+    _PASSES,
+)
+IR_OPS = Private("vllm.ir", "ops", "ops that stand for RMSNorm in graphs", "to find them there", _PASSES)
+
 # Arguments of vLLM's CUDA ops that we stand in for, as their schemas name them. Needed until vLLM chooses quantisation
 # kernels through a registry.
 QUANT_OPS = {

@@ -22,8 +22,8 @@ RmsNormQuantParams norm_params(const Tensor& x, const std::optional<Tensor>& res
     STD_TORCH_CHECK(rows.count == x_rows.count && rows.width == x_rows.width, "residual: takes the shape of x");
     check_type(*residual, "residual", x.scalar_type());
     STD_TORCH_CHECK(x.get_device_index() == residual->get_device_index(), "residual: takes the device of x");
-    params.residual = residual->data_ptr();
-    params.residual_stride_row = rows.stride;
+    params.residual = params.total = residual->data_ptr();
+    params.residual_stride_row = params.total_stride_row = rows.stride;
   }
   params.x = x.data_ptr();
   params.weight = weight.data_ptr();
@@ -39,13 +39,8 @@ RmsNormQuantParams norm_params(const Tensor& x, const std::optional<Tensor>& res
   return params;
 }
 
-}  // namespace
-
-namespace ops {
-
-void rms_norm_group_quant(const Tensor& x, std::optional<Tensor> residual, const Tensor& weight, Tensor q, Tensor scale,
-                          double norm_eps, int64_t group_size, double eps, bool ue8m0, bool pad, bool gemma, bool pdl) {
-  RmsNormQuantParams params = norm_params(x, residual, weight, q, norm_eps, gemma, pdl);
+void run_group_quant(RmsNormQuantParams params, const Tensor& x, const Tensor& q, const Tensor& scale,
+                     int64_t group_size, double eps, bool ue8m0, bool pad) {
   STD_TORCH_CHECK(group_size == 64 || group_size == 128, "group_size: takes 64 or 128, got ", group_size);
   STD_TORCH_CHECK(params.hidden_size % group_size == 0, "x: the last dimension takes multiples of group_size ",
                   group_size, ", got ", params.hidden_size);
@@ -72,6 +67,28 @@ void rms_norm_group_quant(const Tensor& x, std::optional<Tensor> residual, const
   check_launch(
       vllm_b200::rms_norm_group_quant(params, input_type(x), output, type, current_stream(x.get_device_index())),
       "rms_norm_group_quant");
+}
+
+}  // namespace
+
+namespace ops {
+
+void rms_norm_group_quant(const Tensor& x, std::optional<Tensor> residual, const Tensor& weight, Tensor q, Tensor scale,
+                          double norm_eps, int64_t group_size, double eps, bool ue8m0, bool pad, bool gemma, bool pdl) {
+  run_group_quant(norm_params(x, residual, weight, q, norm_eps, gemma, pdl), x, q, scale, group_size, eps, ue8m0, pad);
+}
+
+void add_rms_norm_group_quant(const Tensor& x, const Tensor& residual, const Tensor& weight, Tensor total, Tensor q,
+                              Tensor scale, double norm_eps, int64_t group_size, double eps, bool ue8m0, bool pad,
+                              bool gemma, bool pdl) {
+  RmsNormQuantParams params = norm_params(x, residual, weight, q, norm_eps, gemma, pdl);
+  const Rows rows = checked_rows(total, "total");
+  STD_TORCH_CHECK(rows.count == params.rows && rows.width == params.hidden_size, "total: takes the shape of x");
+  check_type(total, "total", x.scalar_type());
+  STD_TORCH_CHECK(x.get_device_index() == total.get_device_index(), "total: takes the device of x");
+  params.total = total.data_ptr();
+  params.total_stride_row = rows.stride;
+  run_group_quant(params, x, q, scale, group_size, eps, ue8m0, pad);
 }
 
 void rms_norm_token_quant(const Tensor& x, std::optional<Tensor> residual, const Tensor& weight, Tensor q, Tensor scale,
@@ -107,6 +124,7 @@ void rms_norm_tensor_quant(const Tensor& x, std::optional<Tensor> residual, cons
 
 STABLE_TORCH_LIBRARY_IMPL(vllm_b200, CUDA, m) {
   m.impl("rms_norm_group_quant", TORCH_BOX(&vllm_b200::ops::rms_norm_group_quant));
+  m.impl("add_rms_norm_group_quant", TORCH_BOX(&vllm_b200::ops::add_rms_norm_group_quant));
   m.impl("rms_norm_token_quant", TORCH_BOX(&vllm_b200::ops::rms_norm_token_quant));
   m.impl("rms_norm_tensor_quant", TORCH_BOX(&vllm_b200::ops::rms_norm_tensor_quant));
 }

@@ -139,10 +139,41 @@ def _deep_gemm(
     here = machine()
     layout, ue8m0 = (ScaleLayout.COLUMN_TMA, False) if plain_scales else (here.layout, here.ue8m0)
     q, scale = per_token_group_quant(x, block_shape[1], layout=layout, ue8m0=ue8m0)
-    out = torch.empty((x.shape[0], weight.shape[0]), dtype=out_dtype, device=x.device)
+    return _deep_gemm_of_quantised(q, scale, weight, weight_scale, out_dtype, ue8m0)
+
+
+def _deep_gemm_of_quantised(
+    q: torch.Tensor, scale: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, out_dtype: torch.dtype,
+    ue8m0: bool = True,
+) -> torch.Tensor:  # fmt: skip
+    out = torch.empty((q.shape[0], weight.shape[0]), dtype=out_dtype, device=q.device)
     gemm = vllm_compat.FP8_GEMM_NT.get()
     gemm((q, scale), (weight, weight_scale), out, is_deep_gemm_e8m0_used=ue8m0)
     return out
+
+
+# What fp8_block_linear does with DeepGEMM behind its quantisation, where the scales are packed UE8M0: for a kernel that
+# has quantised before (packed_quant_fusion). q [num_tokens, K] e4m3, scale [num_tokens, ceil(K / 512)] int32.
+torch_library.define(
+    "fp8_block_gemm_packed(Tensor q, Tensor scale, Tensor weight, Tensor weight_scale, ScalarType out_dtype) -> Tensor"
+)
+
+
+@torch.library.register_fake("vllm_b200::fp8_block_gemm_packed", lib=torch_library)
+def _fake_gemm(
+    q: torch.Tensor, scale: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, out_dtype: torch.dtype
+) -> torch.Tensor:
+    return q.new_empty((q.shape[0], weight.shape[0]), dtype=out_dtype)
+
+
+@torch.library.impl(torch_library, "fp8_block_gemm_packed", "CPU")
+@torch.library.impl(torch_library, "fp8_block_gemm_packed", "CUDA")
+def _gemm(
+    q: torch.Tensor, scale: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, out_dtype: torch.dtype
+) -> torch.Tensor:
+    if q.shape[0] == 0:
+        return q.new_empty((0, weight.shape[0]), dtype=out_dtype)
+    return _deep_gemm_of_quantised(q, scale, weight, weight_scale, out_dtype)
 
 
 def _flashinfer_deep_gemm(

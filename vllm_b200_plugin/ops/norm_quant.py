@@ -34,6 +34,7 @@ def rms_norm_group_quant(
     dtype: torch.dtype = torch.float8_e4m3fn,
     *,
     residual: torch.Tensor | None = None,
+    total: torch.Tensor | None = None,
     gemma: bool = False,
     layout: ScaleLayout = ScaleLayout.ROW,
     ue8m0: bool = False,
@@ -49,7 +50,8 @@ def rms_norm_group_quant(
         norm_eps: added to the mean of the squares.
         group_size: 64 or 128; divides hidden_size.
         dtype: torch.float8_e4m3fn or torch.int8.
-        residual: like x; becomes x + residual.
+        residual: like x; becomes x + residual where `total` is left out.
+        total: like x: where x + residual goes, with a residual.
         gemma: the weight is an offset to 1.
         layout, ue8m0, eps, pdl: as for `per_token_group_quant`; powers of two go with e4m3.
 
@@ -71,11 +73,15 @@ def rms_norm_group_quant(
     ue8m0 = ue8m0 or layout is ScaleLayout.PACKED_UE8M0
     if ue8m0 and dtype == torch.int8:
         raise ValueError("ue8m0: goes with torch.float8_e4m3fn, got torch.int8")
+    if total is not None and (residual is None or total.shape != x.shape or total.dtype != x.dtype):
+        raise ValueError(f"total: takes {x.dtype} {tuple(x.shape)}, and a residual")
     q = torch.empty(x.shape, dtype=dtype, device=x.device)
     scale = empty_scale(q, group_size, layout)
-    torch.ops.vllm_b200.rms_norm_group_quant(
-        x, residual, weight, q, scale, norm_eps, group_size, eps, ue8m0, True, gemma, pdl
-    )
+    options = (norm_eps, group_size, eps, ue8m0, True, gemma, pdl)
+    if total is None:
+        torch.ops.vllm_b200.rms_norm_group_quant(x, residual, weight, q, scale, *options)
+    else:
+        torch.ops.vllm_b200.add_rms_norm_group_quant(x, residual, weight, total, q, scale, *options)
     return q, scale
 
 
@@ -175,6 +181,11 @@ torch_library.define(
     "bool pad, bool gemma, bool pdl=False) -> ()"
 )
 torch_library.define(
+    "add_rms_norm_group_quant(Tensor x, Tensor residual, Tensor weight, Tensor(a!) total, Tensor(b!) q, "
+    "Tensor(c!) scale, float norm_eps, int group_size, float eps, bool ue8m0, bool pad, bool gemma, bool pdl=False)"
+    " -> ()"
+)
+torch_library.define(
     f"rms_norm_token_quant({_INPUTS}, Tensor(c!) scale, Tensor? scale_ub, float norm_eps, bool gemma, bool pdl=False)"
     " -> ()"
 )
@@ -187,7 +198,7 @@ def _fake(*args: object) -> None:
     return None
 
 
-for _name in ("rms_norm_group_quant", "rms_norm_token_quant", "rms_norm_tensor_quant"):
+for _name in ("rms_norm_group_quant", "add_rms_norm_group_quant", "rms_norm_token_quant", "rms_norm_tensor_quant"):
     torch.library.register_fake(f"vllm_b200::{_name}", _fake, lib=torch_library)
 
 
@@ -198,6 +209,18 @@ def _rms_norm_group_quant_cpu(
 ) -> None:  # fmt: skip
     y = normalise(x, residual, weight, norm_eps, gemma)
     quantise_groups(y.float(), q, scale, group_size, eps, ue8m0, pad)
+
+
+@torch.library.impl(torch_library, "add_rms_norm_group_quant", "CPU")
+def _add_rms_norm_group_quant_cpu(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, total: torch.Tensor, q: torch.Tensor,
+    scale: torch.Tensor, norm_eps: float, group_size: int, eps: float, ue8m0: bool, pad: bool, gemma: bool,
+    pdl: bool = False,
+) -> None:  # fmt: skip
+    total.copy_(residual)
+    torch.ops.vllm_b200.rms_norm_group_quant(
+        x, total, weight, q, scale, norm_eps, group_size, eps, ue8m0, pad, gemma, pdl
+    )
 
 
 @torch.library.impl(torch_library, "rms_norm_token_quant", "CPU")

@@ -95,7 +95,8 @@ rms_norm_quant_kernel(const __grid_constant__ RmsNormQuantParams p) {
   const int warp = threadIdx.x / 32, warps = blockDim.x / 32, lane = threadIdx.x % 32;
   const bool valid_row = row < p.rows;
   const In* x = static_cast<const In*>(p.x) + row * p.x_stride_row;
-  In* residual = static_cast<In*>(p.residual) + row * p.residual_stride_row;
+  const In* residual = static_cast<const In*>(p.residual) + row * p.residual_stride_row;
+  In* total = static_cast<In*>(p.total) + row * p.total_stride_row;
 
   Chunk<In> weight[kChunks] = {};
   const auto load_weight = [&](int i) {
@@ -124,12 +125,12 @@ rms_norm_quant_kernel(const __grid_constant__ RmsNormQuantParams p) {
 #pragma unroll
     for (int j = 0; j < kChunk / 2; ++j) {
       const float2 a = unpack_pair(chunk[i], j), b = unpack_pair(added[i], j);
-      const float2 total = kResidual ? float2{a.x + b.x, a.y + b.y} : a;
-      pack_pair(sum[i], j, total.x, total.y);
-      if constexpr (kResidual) pack_pair(chunk[i], j, total.x, total.y);
+      const float2 both = kResidual ? float2{a.x + b.x, a.y + b.y} : a;
+      pack_pair(sum[i], j, both.x, both.y);
+      if constexpr (kResidual) pack_pair(chunk[i], j, both.x, both.y);
     }
     if constexpr (kResidual) {
-      if (column < p.hidden_size && valid_row) store_chunk(residual + column, chunk[i]);
+      if (column < p.hidden_size && valid_row) store_chunk(total + column, chunk[i]);
     }
     const float squares = warp_sum(sum_of_squares(sum[i]));
     if (lane == 0) reinterpret_cast<float*>(warp_sums)[warp + i * warps] = squares;

@@ -9,15 +9,16 @@
 
 namespace vllm_b200 {
 
-// x, residual, q [rows, hidden_size], weight [hidden_size]; strides in elements. All in fp32 but for the roundings named:
-//   sum      = x + residual, which goes back to residual rounded to its type
+// x, residual, total, q [rows, hidden_size], weight [hidden_size]; strides in elements. All in fp32 but for the roundings named:
+//   sum      = x + residual, which goes to `total` rounded to its type
 //   rstd     = 1 / sqrt(mean(sum^2) + norm_eps)
 //   y        = round(round(sum * rstd) * weight), with gemma round(sum * rstd * (1 + weight))
 // and then y is quantised as group_quant, token_quant or tensor_quant do. The squares are added in a tree of neighbours
 // over 512 columns, and these sums in four chains, whatever the launch: a row's result does not depend on the others.
 struct RmsNormQuantParams {
   const void* x;
-  void* residual;  // or null
+  const void* residual;  // or null
+  void* total;           // with a residual, which it may be
   const void* weight;
   void* q;
   void* scale;            // to write; for tensor_quant [1] to read
@@ -26,7 +27,7 @@ struct RmsNormQuantParams {
   int64_t padded_rows;  // group_quant: rows of scale to write; those from `rows` on get 0
   int32_t hidden_size;  // a multiple of 16 and of the group size, at most 16384
   int32_t group_size;   // 64 or 128
-  int64_t x_stride_row, residual_stride_row, q_stride_row;
+  int64_t x_stride_row, residual_stride_row, total_stride_row, q_stride_row;
   int64_t scale_stride_row, scale_stride_column;
   int64_t scale_capacity;  // elements from `scale` to the end of its storage
   float norm_eps;
@@ -37,7 +38,7 @@ struct RmsNormQuantParams {
 
 constexpr int64_t kMaxNormHiddenSize = 16384;
 
-// Every row of x, residual, q and the weight are 16-byte aligned. int8 is rounded to nearest.
+// Every row of x, residual, total, q and the weight are 16-byte aligned. int8 is rounded to nearest.
 cudaError_t rms_norm_group_quant(const RmsNormQuantParams& params, InputType input, OutputType output, ScaleType scale,
                                  cudaStream_t stream);
 cudaError_t rms_norm_token_quant(const RmsNormQuantParams& params, InputType input, OutputType output,
