@@ -31,6 +31,8 @@ from vllm_b200_plugin.environment import (
 )
 
 KV_CACHE_BYTES = 8 << 30
+MOST_NEW_TOKENS = 256
+LONG_PROMPT = 2048  # vLLM's smallest default for the tokens of a step
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -129,7 +131,7 @@ def run(arguments: argparse.Namespace, chosen: Variant, work: Path, record: Reco
                 ready(engine)
                 measure_pair(arguments.model, stock, engine, arguments.batch, rounds, record)
                 engine.stop()  # never more than two at once
-            print(f"\n{ablation_table(record.lines)}")
+            print(f"\n{ablation_table(record.lines)}\n\n{ablation_table(record.lines, 'ttft_ratio')}")
             return
         measure_pair(arguments.model, stock, plugin, arguments.batch, rounds, record)
         for batch in profile_batches(arguments):
@@ -158,11 +160,13 @@ def engine_options(arguments: argparse.Namespace, config: dict[str, Any]) -> dic
     options: dict[str, Any] = {
         "input_len": arguments.input_len,
         "vocab_size": config["vocab_size"],
-        "max_model_len": 4096,
+        "max_model_len": max(4096, arguments.input_len + MOST_NEW_TOKENS),
         "max_num_seqs": max(batches),
     }
     if arguments.device == "cpu":
         return options | {"max_model_len": 512, "enforce_eager": True}
+    if arguments.input_len > LONG_PROMPT:
+        options["max_num_batched_tokens"] = arguments.input_len
     return options | {
         "kv_cache_memory_bytes": KV_CACHE_BYTES,
         # Only how much must be free when an engine starts: the other one may hold its share by then.
@@ -177,7 +181,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 16])
     parser.add_argument("--rounds", type=int, help="turns of each side; 5, with --server 3")
     parser.add_argument("--layers", type=int, help="cut to this many; default: as many as let two engines fit")
-    parser.add_argument("--input-len", type=int, default=128)
+    parser.add_argument("--input-len", type=int, default=128, help="tokens of a prompt, which is one step")
     parser.add_argument("--features", metavar="A,B", help="the plugin with only these; default: all that are on")
     parser.add_argument("--feature-ablation", action="store_true", help="each feature alone, and all but each")
     parser.add_argument(

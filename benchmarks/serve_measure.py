@@ -64,8 +64,11 @@ def measure_pair(model: str, stock: Asked, other: Asked, batches: Iterable[int],
                 ttft[index] += answer["ttft_ms"]
         for engine, times, firsts in zip(engines, tpot, ttft, strict=True):
             record.add(_side(model, batch, engine, times, firsts))
-        ratio = statistics.median(tpot[0]) / statistics.median(tpot[1])
-        record.add({"model": model, "batch": batch, "tpot_ratio": round(ratio, 4), **_variant(other)})
+        ratios = {
+            name: round(statistics.median(times[0]) / statistics.median(times[1]), 4)
+            for name, times in (("tpot_ratio", tpot), ("ttft_ratio", ttft))
+        }
+        record.add({"model": model, "batch": batch, **ratios, **_variant(other)})
 
 
 def _side(model: str, batch: int, engine: Asked, tpot: list[float], ttft: list[float]) -> Line:
@@ -111,12 +114,15 @@ def profile_pair(model: str, stock: Asked, other: Asked, batch: int, num_layers:
     )
 
 
-def ablation_table(lines: Iterable[Line]) -> str:
-    """Stock's time per token over the variant's, by variant and batch; below 1 the features slow the model down."""
+def ablation_table(lines: Iterable[Line], ratio: str = "tpot_ratio") -> str:
+    """Stock's time over the variant's, by variant and batch; below 1 the features slow the model down.
+
+    ratio: tpot_ratio for the time per token, ttft_ratio for that to the first one.
+    """
     ratios: dict[str, dict[int, float]] = {}
     for line in lines:
-        if "tpot_ratio" in line and "variant" in line:
-            ratios.setdefault(line["variant"], {})[line["batch"]] = line["tpot_ratio"]
+        if ratio in line and "variant" in line:
+            ratios.setdefault(line["variant"], {})[line["batch"]] = line[ratio]
     batches = sorted({batch for row in ratios.values() for batch in row})
     width = max(map(len, ["features", *ratios]))
     lines_ = [f"{'features':{width}s}" + "".join(f" {f'batch {batch}':>10s}" for batch in batches)]
@@ -124,4 +130,5 @@ def ablation_table(lines: Iterable[Line]) -> str:
         lines_.append(
             f"{variant:{width}s}" + "".join(f" {row[b]:10.4f}" if b in row else f" {'-':>10s}" for b in batches)
         )
-    return "\n".join(["stock / plugin, time per output token", *lines_])
+    title = {"tpot_ratio": "time per output token", "ttft_ratio": "time to the first token"}[ratio]
+    return "\n".join([f"stock / plugin, {title}", *lines_])

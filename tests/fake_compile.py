@@ -75,51 +75,59 @@ def model(config: Any) -> torch.nn.Module:
     return built
 
 
-def optimised(
-    config: Any, function: Callable[..., Any], inputs: tuple[Any, ...], run: bool = False
-) -> tuple[torch.fx.Graph, Any, Any]:
-    """The graph of function(*inputs) behind vLLM's passes, the passes, and with `run` what that graph gives on CPU.
+class Compiler:
+    """vLLM's settings of inductor and its passes for one configuration. passes: vLLM's pass manager."""
 
-    The first dimensions of tensors are dynamic.
-    """
-    import torch._inductor.config as inductor_config
-    from torch._inductor.compile_fx import compile_fx, fake_tensor_prop, view_to_reshape
-    from torch._inductor.fx_passes.post_grad import post_grad_passes
-    from torch._inductor.virtualized import V
-    from vllm.compilation.backends import VllmBackend
-    from vllm.compilation.passes.inductor_pass import pass_context
-    from vllm.config import set_current_vllm_config
-    from vllm.config.utils import Range
+    def __init__(self, config: Any):
+        from vllm.compilation.backends import VllmBackend
+        from vllm.config import set_current_vllm_config
 
-    with set_current_vllm_config(config):
-        vllm_backend = VllmBackend(config)
-        vllm_backend.configure_post_pass()
-    graphs = []
+        self.config = config
+        with set_current_vllm_config(config):
+            backend = VllmBackend(config)
+            backend.configure_post_pass()
+        self.passes, self.settings = backend.pass_manager, {**backend.inductor_config, "fx_graph_cache": False}
 
-    def inner(graph: torch.fx.GraphModule, example_inputs: list[Any], **kwargs: Any) -> Any:
-        with V.set_fake_mode(torch._guards.detect_fake_mode(example_inputs)):
-            view_to_reshape(graph)
-            fake_tensor_prop(graph, example_inputs)
-            post_grad_passes(graph, is_inference=True)
-        graphs.append(graph.graph)
-        if not run:
-            raise _NoCode
-        return graph.forward
+    def optimised(
+        self, function: Callable[..., Any], inputs: tuple[Any, ...], run: bool = False
+    ) -> tuple[torch.fx.Graph, Any]:
+        """The graph of function(*inputs) behind the passes, and with `run` what that graph gives on CPU.
 
-    def backend(graph: torch.fx.GraphModule, example_inputs: list[Any]) -> Any:
-        settings = {**vllm_backend.inductor_config, "fx_graph_cache": False}
-        with inductor_config.patch(settings), pass_context(Range(1, 2048)):
-            return compile_fx(graph, example_inputs, inner_compile=inner)
+        The first dimensions of matrices are dynamic.
+        """
+        import torch._inductor.config as inductor_config
+        from torch._inductor.compile_fx import compile_fx, fake_tensor_prop, view_to_reshape
+        from torch._inductor.fx_passes.post_grad import post_grad_passes
+        from torch._inductor.virtualized import V
+        from vllm.compilation.passes.inductor_pass import pass_context
+        from vllm.config import set_current_vllm_config
+        from vllm.config.utils import Range
 
-    for tensor in inputs:
-        if isinstance(tensor, torch.Tensor) and tensor.dim() == 2:
-            torch._dynamo.maybe_mark_dynamic(tensor, 0)
-    torch._dynamo.reset()
-    results = None
-    with set_current_vllm_config(config), torch.no_grad():
-        try:
-            results = torch.compile(function, backend=backend, fullgraph=True)(*inputs)
-        except torch._dynamo.exc.BackendCompilerFailed as error:
-            if not isinstance(error.inner_exception, _NoCode):
-                raise
-    return graphs[0], vllm_backend.pass_manager, results
+        graphs = []
+
+        def inner(graph: torch.fx.GraphModule, example_inputs: list[Any], **kwargs: Any) -> Any:
+            with V.set_fake_mode(torch._guards.detect_fake_mode(example_inputs)):
+                view_to_reshape(graph)
+                fake_tensor_prop(graph, example_inputs)
+                post_grad_passes(graph, is_inference=True)
+            graphs.append(graph.graph)
+            if not run:
+                raise _NoCode
+            return graph.forward
+
+        def backend(graph: torch.fx.GraphModule, example_inputs: list[Any]) -> Any:
+            with inductor_config.patch(self.settings), pass_context(Range(1, 2048)):
+                return compile_fx(graph, example_inputs, inner_compile=inner)
+
+        for tensor in inputs:
+            if isinstance(tensor, torch.Tensor) and tensor.dim() == 2:
+                torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        torch._dynamo.reset()
+        results = None
+        with set_current_vllm_config(self.config), torch.no_grad():
+            try:
+                results = torch.compile(function, backend=backend, fullgraph=True)(*inputs)
+            except torch._dynamo.exc.BackendCompilerFailed as error:
+                if not isinstance(error.inner_exception, _NoCode):
+                    raise
+        return graphs[0], results

@@ -19,6 +19,17 @@ pytestmark = pytest.mark.skipif(not _library.status().loaded, reason="the CUDA l
 
 E4M3 = torch.float8_e4m3fn
 FEATURE_MODULES = (token_quant_ops, gated_quant_ops, norm_quant_ops, cache_ops)
+# --kv-cache-dtype
+OUR_CACHES = ("auto", "bfloat16", "float16", "fp8", "fp8_e4m3")
+OTHER_CACHES = (
+    "fp8_e5m2",
+    "fp8_inc",
+    "fp8_ds_mla",
+    "nvfp4_ds_mla",
+    "fp8_per_token_head",
+    "int8_per_token_head",
+    "nvfp4",
+)
 _namespaces = (f"b200_test_memory_{i}" for i in itertools.count())
 
 
@@ -174,6 +185,26 @@ def test_cache(ops, kv_cache_dtype, dtype):
     stored = latents[1, 1].view(E4M3) if dtype != torch.bfloat16 else latents[1, 1]
     assert torch.equal(stored[64:].float(), value[0, 0, :16].to(stored.dtype).float())
     assert not ops.calls
+
+
+@pytest.mark.parametrize("name", (*OUR_CACHES, *OTHER_CACHES))
+def test_every_kind_of_cache_is_written_by_ours_or_left_to_the_originals(ops, name):
+    """e4m3 and the numbers as they are; e5m2, fp8_ds_mla with its scales inside and all others are vLLM's."""
+    dtype = torch.float16 if name == "float16" else torch.bfloat16
+    key, value = torch.randn(4, 2, 64, dtype=dtype), torch.randn(4, 2, 64, dtype=dtype)
+    latents, ropes = torch.randn(4, 512, dtype=dtype), torch.randn(4, 64, dtype=dtype)
+    stored = dtype if name in ("auto", "bfloat16", "float16") else torch.uint8
+    caches = [torch.zeros(2, 16, 2, 64, dtype=stored) for _ in range(2)]
+    mla = torch.zeros(2, 16, 656 if name == "fp8_ds_mla" else 576, dtype=stored)
+    slots, one = torch.arange(4), torch.ones(1)
+    ops.reshape_and_cache_flash(key, value, *caches, slots, name, one, one)
+    ops.concat_and_cache_mla(latents, ropes, mla, slots, name, one)
+    if name in OUR_CACHES:
+        assert not ops.calls and all(cache.any() for cache in (*caches, mla))
+    else:
+        assert [call[0] for call in ops.calls] == ["reshape_and_cache_flash", "concat_and_cache_mla"]
+        assert [ops.calls[0][1][5], ops.calls[1][1][4]] == [name, name]
+        assert not any(cache.any() for cache in (*caches, mla))
 
 
 def test_what_ours_do_not_take_goes_to_the_originals(ops):

@@ -31,7 +31,7 @@ CONFIG = {
 }
 
 CODE = """
-import collections, json, os, sys
+import collections, json, os
 import torch
 from fake_cuda import pretend
 pretend((10, 0))
@@ -49,24 +49,27 @@ from vllm_b200_plugin.integration.fp8_block_op import Engine, fp8_block_linear
 from vllm_b200_plugin.integration.packed_quant_fusion import PackedQuantFusion
 from vllm_b200_plugin.ops.small_m_gemm import unpack_scale
 
-def count(graph, passes):
+compiler = fake_compile.Compiler(config)
+passes = compiler.passes.passes
+
+def count(graph):
     ops = collections.Counter(str(n.target).split(".")[1] for n in graph.nodes if ".default" in str(n.target))
-    fusions = [p for p in passes.passes if isinstance(p, PackedQuantFusion)]
     names = ("rms_norm_group_quant", "add_rms_norm_group_quant", "gated_group_quant", "fp8_block_gemm_packed",
              "fp8_block_linear", "per_token_group_fp8_quant_packed")
-    return [fusions[0].matched_count if fusions else None, *[ops[name] for name in names]]
+    return [passes[-1].matched_count, *[ops[name] for name in names]]
 
 answers = {}
 ids = torch.zeros(16, dtype=torch.long)
 for kernel, disabled in (("vllm", "B200DeepGemmFp8BlockKernel"), ("ours", "")):
     os.environ["VLLM_DISABLED_KERNELS"] = disabled
     model = fake_compile.model(config)
-    graph, passes, _ = fake_compile.optimised(config, model.model.forward, (ids, ids, None, None))
-    answers[kernel] = count(graph, passes)
+    graph, _ = compiler.optimised(model.model.forward, (ids, ids, None, None))
+    answers[kernel] = count(graph)
 with pass_context(Range(1, 2048)):
-    keys = [passes.uuid()]
-    passes.passes.pop()
-    keys.append(passes.uuid())
+    keys = [compiler.passes.uuid()]
+    ours = passes.pop()
+    keys.append(compiler.passes.uuid())
+    passes.append(ours)
 answers["same key"] = keys[0] == keys[1]
 
 # What the fused graphs compute.
@@ -102,16 +105,20 @@ for name, end in (("quantise", quantise), ("linear", linear)):
         return *end(y), total, *end(ir.rms_norm(x, norm_weight, 1e-5)), *end(silu_and_mul(wide))
     inputs = (x, residual, wide, norm_weight)
     expected = layers(*inputs)
-    graph, passes, actual = fake_compile.optimised(config, layers, inputs, run=True)
+    graph, actual = compiler.optimised(layers, inputs, run=True)
     kept = torch.equal(inputs[1], residual)
     errors = [float((a.float() - b.float()).abs().mean() / b.float().abs().mean()) for a, b in zip(actual, expected)]
-    answers[name] = [count(graph, passes), kept, errors, [list(a.stride()) == list(b.stride())
+    answers[name] = [count(graph), kept, errors, [list(a.stride()) == list(b.stride())
         for a, b in zip(actual, expected)]]
 
 # What has to stay apart: a norm that others read, too; a weight of another type; an epsilon that vLLM does not know.
 def others_read(x):
     y = ir.rms_norm(x, norm_weight, 1e-6)
     return *quantise(y), y
+def by_op(wide):
+    out = wide.new_empty(wide.shape[0], 512)
+    torch.ops._C.silu_and_mul(out, wide)
+    return quantise(out)
 wide_weight = norm_weight.float()
 apart = {
     "others read": others_read,
@@ -121,11 +128,13 @@ apart = {
 }
 answers["apart"] = {}
 for name, function in apart.items():
-    graph, passes, _ = fake_compile.optimised(config, function, (x,))
-    answers["apart"][name] = count(graph, passes)[0]
-config.compilation_config.pass_config.fuse_norm_quant = False
-graph, passes, _ = fake_compile.optimised(config, layers, inputs)
-answers["activations alone"] = count(graph, passes)[0]
+    graph, _ = compiler.optimised(function, (x,))
+    answers["apart"][name] = count(graph)[0]
+graph, _ = compiler.optimised(by_op, (wide,))
+answers["silu_and_mul by its op"] = count(graph)[:4]
+passes[-1] = PackedQuantFusion(torch.bfloat16, norms=False, activations=True)
+graph, _ = compiler.optimised(layers, inputs)
+answers["activations alone"] = count(graph)[0]
 answers["result"] = plugin.results()["packed_quant_fusion"]
 print(json.dumps(answers))
 """
@@ -140,7 +149,7 @@ def found(tmp_path_factory):
 
 
 def test_every_place_in_a_model_is_found(found):
-    """Of each layer the projections behind the two norms and that behind the activation, not the one behind attention."""
+    """Of each layer the projections behind both norms and behind the activation, not the one behind attention."""
     assert found["result"] == "applied"
     # matched; norm, norm with residual, activation; GEMM alone; left: our linear layer, vLLM's quantisation
     assert found["vllm"] == [6, 1, 3, 2, 0, 0, 2]
@@ -161,4 +170,8 @@ def test_the_fused_graph_computes_the_same(found, end):
 
 def test_what_stays_apart(found):
     assert found["apart"] == dict.fromkeys(found["apart"], 0)
+
+
+def test_what_else_is_found(found):
+    assert found["silu_and_mul by its op"] == [1, 0, 0, 1]
     assert found["activations alone"] == 1

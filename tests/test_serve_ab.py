@@ -89,13 +89,21 @@ def test_record_of_a_run(fakes, tmp_path: Path, capsys) -> None:
     assert all(set(line) >= KEYS and line["model"] == TINY for line in sides)
     assert all(line["features"] == (ON if line["side"] == "plugin" else []) for line in sides)
     assert sides[1]["not_applied"] == {"group_quant_ops": "for CUDA, this is a CPU"}
-    assert {"model": TINY, "batch": 8, "tpot_ratio": 2.0} in rest
+    assert {"model": TINY, "batch": 8, "tpot_ratio": 2.0, "ttft_ratio": 1.0} in rest
     assert rest[-1]["profile"]["kernels"][0]["kernel"] == "void a::gemm<1, 2>(int)", "full names in the record"
     shown = capsys.readouterr().out
     assert "total, a step (2 layers)" in shown
     assert "kernel time stock / plugin: 2.000" in shown
     assert [engine.stopped for engine in fakes.started] == [True, True]
     assert all(engine.options["enforce_eager"] for engine in fakes.started)
+
+
+def test_a_prompt_is_one_step() -> None:
+    config = {"vocab_size": 1024}
+    long = serve_ab.engine_options(serve_ab.parse_arguments([TINY, "--batch", "1", "--input-len", "8192"]), config)
+    assert long["max_num_batched_tokens"] == 8192 and long["max_model_len"] >= 8192 + 129
+    short = serve_ab.engine_options(serve_ab.parse_arguments([TINY]), config)
+    assert short["max_model_len"] == 4096 and "max_num_batched_tokens" not in short
 
 
 def test_only_some_features(fakes, tmp_path: Path) -> None:

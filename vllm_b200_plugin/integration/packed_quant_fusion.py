@@ -1,9 +1,10 @@
-"""Feature packed_quant_fusion: (residual addition,) RMSNorm or silu_and_mul, and the quantisation to packed UE8M0 scales
-behind them, in one kernel.
+"""Feature packed_quant_fusion: RMSNorm or silu_and_mul, and the quantisation to packed UE8M0 scales behind it, in one
+kernel; of RMSNorm with the addition of the residual, too.
 
 With DeepGEMM on Blackwell the scales are packed powers of two. vLLM's own passes fuse what writes fp32 scales alone, so
 there the two stay apart. This pass runs behind them, on the same functionalised graphs, and finds both vLLM's
-quantisation op and our FP8 block-scaled linear layer, which quantises inside: that becomes the fused kernel and the GEMM.
+quantisation op and our FP8 block-scaled linear layer, which quantises inside: that becomes the fused kernel and the
+GEMM.
 """
 
 import hashlib
@@ -81,7 +82,7 @@ def add_norm(eps: float) -> Producer:
     def fused(
         q: torch.Tensor, scale: torch.Tensor, x: torch.Tensor, residual: torch.Tensor, norm_weight: torch.Tensor
     ) -> _Tensors:
-        # The sum goes to a tensor of its own: where the residual is an input of the graph, inductor would copy it first.
+        # The sum gets a tensor of its own: where the residual is an input of the graph, inductor would copy it first.
         _, total, q, scale = auto_functionalized(
             _ours.add_rms_norm_group_quant.default, x=x, residual=residual, weight=norm_weight,
             total=torch.empty_like(residual), q=q, scale=scale, norm_eps=eps, **_GROUPS, gemma=False, pdl=False,
@@ -97,7 +98,7 @@ def _silu_native(x: torch.Tensor) -> _Tensors:
 
 
 def _silu_op(x: torch.Tensor) -> _Tensors:
-    out = x.new_empty(x.shape[:-1] + (x.shape[-1] // 2,))
+    out = x.new_empty((*x.shape[:-1], x.shape[-1] // 2))
     return (auto_functionalized(torch.ops._C.silu_and_mul.default, result=out, input=x)[1],)
 
 
@@ -158,23 +159,14 @@ class PackedQuantFusion(_Base):
             search, replace = _functions(producer, consumer)
             examples = [_example(name, dtype) for name in inspect.signature(search).parameters]
             pattern_matcher.register_replacement(
-                search,
-                replace,
-                examples,
-                pattern_matcher.fwd_only,
-                self._patterns,
-                extra_check=norm_is_ours,
-                skip_duplicates=True,
+                search, replace, examples, pattern_matcher.fwd_only, self._patterns, extra_check=norm_is_ours
             )
 
     def __call__(self, graph: torch.fx.Graph) -> None:
         self.matched_count = self._patterns.apply(graph)
         if self.matched_count:
-            report.chosen(
-                "RMSNorm or silu_and_mul, and packed quantisation",
-                "our fused kernels",
-                "vLLM's passes leave them apart",
-            )
+            kinds = "RMSNorm or silu_and_mul, and packed quantisation"
+            report.chosen(kinds, "our fused kernels", "vLLM's passes leave them apart")
 
     def uuid(self) -> str:
         """What the patterns and replacements depend on: this module and the package's version."""
