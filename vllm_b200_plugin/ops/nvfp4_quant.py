@@ -1,7 +1,7 @@
 """NVFP4 quantisation: e2m1 elements, an e4m3 scale for every 16 of a row, one fp32 scale for all.
 
-The arithmetic is that of vLLM's `scaled_fp4_quant` as its emulation (`nvfp4_emulation_utils.ref_nvfp4_quant`) states it,
-for every group of 16 elements in fp32:
+The arithmetic is that of vLLM's `scaled_fp4_quant` as its emulation (`nvfp4_emulation_utils.ref_nvfp4_quant`) states
+it, for every group of 16 elements in fp32:
 
     scale = e4m3(global_scale * (max|x| * (1 / 6)))         to nearest even, at most 448
     q     = e2m1(x * (1 / (scale * (1 / global_scale))))    to nearest even, at most 6; 0 where scale is 0
@@ -50,8 +50,8 @@ def nvfp4_quant(
     """Quantise x to NVFP4.
 
     Args:
-        x: [num_tokens, hidden_size] bf16, fp16 or fp32; hidden_size is a multiple of 16. The last stride is 1, rows begin
-            at multiples of 16 bytes: a slice of a wider tensor is read in place.
+        x: [num_tokens, hidden_size] bf16, fp16 or fp32; hidden_size is a multiple of 16. The last stride is 1, rows
+            begin at multiples of 16 bytes: a slice of a wider tensor is read in place.
         global_scale: one float32, positive, on the device of x; `nvfp4_global_scale` finds one.
         swizzled: the scales in tiles of 128 rows by 4 groups, as block-scaled tensor-core instructions read them, see
             `swizzle_scales`. The padding is 0.
