@@ -68,7 +68,7 @@ def nvfp4_quant(
     """
     _check_matrix(x, INPUT_DTYPES)
     check_number("global_scale", global_scale, torch.float32)
-    q, scale = _empty_outputs(x, x.shape[1], padded_size, swizzled)
+    q, scale = empty_outputs(x, x.shape[1], padded_size, swizzled)
     torch.ops.vllm_b200.nvfp4_quant(x, global_scale, q, scale, swizzled, False, pdl)
     return q, scale
 
@@ -94,7 +94,7 @@ def silu_and_mul_nvfp4_quant(
     """
     _check_gated(x)
     check_number("global_scale", global_scale, torch.float32)
-    q, scale = _empty_outputs(x, x.shape[1] // 2, padded_size, swizzled)
+    q, scale = empty_outputs(x, x.shape[1] // 2, padded_size, swizzled)
     torch.ops.vllm_b200.nvfp4_quant(x, global_scale, q, scale, swizzled, True, pdl)
     return q, scale
 
@@ -238,9 +238,10 @@ def _check_gated(x: torch.Tensor) -> None:
         raise ValueError(f"x: the last dimension takes multiples of {2 * GROUP_SIZE}, got {x.shape[1]}")
 
 
-def _empty_outputs(
+def empty_outputs(
     x: torch.Tensor, hidden_size: int, padded_size: int | None, swizzled: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """Unwritten q and scale of `nvfp4_quant` for the rows of x."""
     size = hidden_size if padded_size is None else padded_size
     if size < hidden_size or size % GROUP_SIZE:
         raise ValueError(f"padded_size: takes multiples of {GROUP_SIZE} from {hidden_size} on, got {padded_size}")
