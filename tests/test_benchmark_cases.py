@@ -22,6 +22,7 @@ from benchmarks.families import Missing, Run, _common
 from benchmarks.kernels import FAMILIES
 from vllm_b200_plugin.ops.gemm import fp8_block_scaled_mm
 from vllm_b200_plugin.ops.moe import fp8_block_scaled_moe
+from vllm_b200_plugin.ops.nvfp4_quant import nvfp4_quant
 from vllm_b200_plugin.ops.quant import ScaleLayout, per_token_group_quant
 from vllm_b200_plugin.ops.token_quant import per_token_quant
 from vllm_b200_plugin.ops.topk import select_experts
@@ -37,6 +38,7 @@ SMALL: dict[str, list[Any]] = {
     "masked_silu_quant": [MaskedSiluQuantCase(3, 4, 1024, 5, packed) for packed in (False, True)],
     "rms_norm_quant": [RmsNormQuantCase(5, 256, layout=layout) for layout in (ScaleLayout.ROW, ScaleLayout.COLUMN_TMA)]
     + [RmsNormQuantCase(5, 256, residual=False), RmsNormQuantCase(5, 256, kind="token")]
+    + [RmsNormQuantCase(5, 256, kind="nvfp4_swizzled")]
     + [RmsNormQuantCase(5, 640, layout=ScaleLayout.PACKED_UE8M0)],
     "nvfp4_quant": [Nvfp4QuantCase(5, 320, swizzled, gated) for swizzled in (False, True) for gated in (False, True)],
     "nvfp4_experts_quant": [Nvfp4ExpertsQuantCase(3, 7, 320), Nvfp4ExpertsQuantCase(3, 7, 64, True)],
@@ -233,6 +235,8 @@ def _naive_rms_norm_quant(family: ModuleType, case: RmsNormQuantCase) -> tuple[t
         normed.append([v / rms * w for v, w in zip(row, weight, strict=True)])
     if case.kind == "token":
         quantised = per_token_quant(torch.tensor(normed))[:2]
+    elif case.kind == "nvfp4_swizzled":
+        quantised = nvfp4_quant(torch.tensor(normed), family._global_scale(), True)
     else:
         quantised = per_token_group_quant(torch.tensor(normed), layout=case.layout)
     return (*quantised, torch.tensor(x).bfloat16()) if case.residual else quantised

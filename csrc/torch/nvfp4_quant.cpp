@@ -2,33 +2,19 @@
 
 #include <algorithm>
 
-#include "checks.h"
+#include "nvfp4.h"
 
 namespace vllm_b200 {
 namespace {
 
-constexpr int64_t kGroupSize = 16, kTileRows = 128, kTileGroups = 4;
-
-int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
-
 Nvfp4QuantParams nvfp4_params(const Tensor& x, const Tensor& q, const Tensor& scale, bool silu_and_mul, bool swizzled,
                               bool pdl) {
-  STD_TORCH_CHECK(x.dim() == 2 && q.dim() == 2 && scale.dim() == 2, "x, q and scale: take 2 dimensions");
+  STD_TORCH_CHECK(x.dim() == 2, "x: takes 2 dimensions, got ", x.dim());
   const Rows rows = checked_rows(x, "x");
-  const int64_t multiple = silu_and_mul ? 2 * kGroupSize : kGroupSize;
-  STD_TORCH_CHECK(x.size(1) % multiple == 0, "x: the last dimension takes multiples of ", multiple, ", got ", x.size(1));
-  const int64_t hidden_size = silu_and_mul ? x.size(1) / 2 : x.size(1), padded_size = 2 * q.size(1);
-  STD_TORCH_CHECK(padded_size >= hidden_size && padded_size % kGroupSize == 0 && padded_size < (int64_t{1} << 30),
-                  "q: takes at least ", hidden_size / 2, " columns, in multiples of 8, got ", q.size(1));
-  check_type(q, "q", ScalarType::Byte);
-  check_shape(q, "q", {x.size(0), q.size(1)});
-  check_type(scale, "scale", ScalarType::Float8_e4m3fn);
-  STD_TORCH_CHECK(q.is_contiguous() && scale.is_contiguous(), "q and scale: are contiguous");
-  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(q.data_ptr()) % 8 == 0 &&
-                      reinterpret_cast<uintptr_t>(scale.data_ptr()) % (swizzled ? 4 : 1) == 0,
-                  "q and scale: start at multiples of 8 and 4 bytes");
-  STD_TORCH_CHECK(x.get_device_index() == q.get_device_index() && x.get_device_index() == scale.get_device_index(),
-                  "x, q and scale: take one device");
+  const int64_t halves = silu_and_mul ? 2 : 1, hidden_size = x.size(1) / halves;
+  STD_TORCH_CHECK(x.size(1) % (halves * kNvfp4GroupSize) == 0, "x: the last dimension takes multiples of ",
+                  halves * kNvfp4GroupSize, ", got ", x.size(1));
+  check_nvfp4_layout(x, q, scale, swizzled);
   Nvfp4QuantParams params = {};
   params.x = x.data_ptr();
   params.q = static_cast<uint8_t*>(q.data_ptr());
@@ -36,8 +22,8 @@ Nvfp4QuantParams nvfp4_params(const Tensor& x, const Tensor& q, const Tensor& sc
   params.rows = x.size(0);
   params.x_stride_row = rows.stride;
   params.hidden_size = static_cast<int32_t>(hidden_size);
-  params.padded_size = static_cast<int32_t>(padded_size);
-  params.groups = static_cast<int32_t>(round_up(padded_size / kGroupSize, swizzled ? kTileGroups : 1));
+  params.padded_size = static_cast<int32_t>(2 * q.size(1));
+  params.groups = static_cast<int32_t>(scale.size(1));
   params.swizzled = swizzled;
   params.silu_and_mul = silu_and_mul;
   params.pdl = pdl;
@@ -59,7 +45,7 @@ namespace ops {
 void nvfp4_quant(const Tensor& x, const Tensor& global_scale, Tensor q, Tensor scale, bool swizzled, bool silu_and_mul,
                  bool pdl) {
   Nvfp4QuantParams params = nvfp4_params(x, q, scale, silu_and_mul, swizzled, pdl);
-  check_shape(scale, "scale", {swizzled ? round_up(params.rows, kTileRows) : params.rows, params.groups});
+  check_nvfp4_outputs(x, params.hidden_size, q, scale, swizzled);
   check_scalar(global_scale, "global_scale", x);
   params.global_scale = static_cast<const float*>(global_scale.data_ptr());
   launch(params, x, "nvfp4_quant");
@@ -79,14 +65,15 @@ void nvfp4_experts_quant(const Tensor& x, const Tensor& global_scale, const Tens
   }
   STD_TORCH_CHECK(global_scale.is_contiguous() && global_scale.get_device_index() == x.get_device_index(),
                   "global_scale: is contiguous, on the device of x");
-  check_shape(scale, "scale", {scale.size(0), params.groups});
+  STD_TORCH_CHECK(params.padded_size == params.hidden_size, "q: takes ", params.hidden_size / 2, " columns, got ",
+                  q.size(1));
   params.global_scale = static_cast<const float*>(global_scale.data_ptr());
   params.expert_offsets = static_cast<const int32_t*>(expert_offsets.data_ptr());
   params.scale_offsets = static_cast<const int32_t*>(scale_offsets.data_ptr());
   params.num_experts = static_cast<int32_t>(num_experts);
   // No routing needs more tiles than this, whatever there is room for.
-  const int64_t most = (params.rows + (kTileRows - 1) * std::min(params.rows, num_experts)) / kTileRows;
-  params.scale_tiles = std::min(scale.size(0) / kTileRows, most);
+  const int64_t most = (params.rows + (kNvfp4TileRows - 1) * std::min(params.rows, num_experts)) / kNvfp4TileRows;
+  params.scale_tiles = std::min(scale.size(0) / kNvfp4TileRows, most);
   launch(params, x, "nvfp4_experts_quant");
 }
 

@@ -3,7 +3,7 @@
 #include <algorithm>
 
 #include "../common/launch.cuh"
-#include "e2m1.cuh"
+#include "nvfp4.cuh"
 #include "nvfp4_quant.h"
 #include "row_source.cuh"
 
@@ -13,33 +13,8 @@
 namespace vllm_b200 {
 namespace {
 
-constexpr int kTileRows = 128, kTileGroups = 4, kLineRows = 4, kLines = kTileRows / kLineRows;
+constexpr int kLineRows = 4, kLines = kTileRows / kLineRows;
 constexpr int kNvfp4MaxWarps = 8;
-
-struct GroupScale {
-  uint32_t byte;  // e4m3
-  float factor;   // what the elements are multiplied with
-
-  // amax: bits of the group's absolute maximum.
-  __device__ __forceinline__ GroupScale(uint32_t amax, float global_scale, float global_reciprocal) {
-    constexpr float kReciprocalOfMax = 1.0f / 6.0f;
-    const float scale = __fmul_rn(global_scale, __fmul_rn(__uint_as_float(amax), kReciprocalOfMax));
-    byte = __nv_cvt_float_to_fp8(scale, __NV_SATFINITE, __NV_E4M3);
-    const float rounded = __half2float(__half(__nv_cvt_fp8_to_halfraw(byte, __NV_E4M3)));
-    factor = rounded == 0.0f ? 0.0f : __frcp_rn(__fmul_rn(rounded, global_reciprocal));
-  }
-};
-
-template <typename In>
-__device__ __forceinline__ uint2 quantize_nvfp4(const Chunk<In>& chunk, float factor) {
-  float y[2][8];
-#pragma unroll
-  for (int i = 0; i < kChunk / 2; ++i) {
-    const float2 pair = unpack_pair(chunk, i);
-    y[i / 4][i % 4 * 2] = __fmul_rn(pair.x, factor), y[i / 4][i % 4 * 2 + 1] = __fmul_rn(pair.y, factor);
-  }
-  return {pack_e2m1(y[0]), pack_e2m1(y[1])};
-}
 
 // A row as it is, or the product of its halves rounded to its type.
 template <typename In, bool kGated>
@@ -150,8 +125,8 @@ nvfp4_quant_kernel(const __grid_constant__ Nvfp4QuantParams p, int64_t lines) {
     if constexpr (kSwizzled) {
       const uint32_t word = gather_scales(scales, lane);
       if (group < p.groups) {
-        const int64_t offset = (tile_index * (p.groups / kTileGroups) + group / kTileGroups) * kTileRows + place * 4;
-        reinterpret_cast<uint32_t*>(p.scale)[offset + lane % 4] = word;
+        const int64_t tile_across = tile_index * (p.groups / kTileGroups) + group / kTileGroups;
+        reinterpret_cast<uint32_t*>(p.scale)[swizzled_offset(tile_across, place + lane % 4 * kLines)] = word;
       }
     }
   }
