@@ -80,6 +80,7 @@ template <typename Format, typename In, bool kGated, bool kSwizzled, bool kExper
 __global__ void __launch_bounds__(32 * kNvfp4MaxWarps)
 nvfp4_quant_kernel(const __grid_constant__ Nvfp4QuantParams p, int64_t lines) {
   using Source = Nvfp4Source<In, kGated>;
+  using Packed = typename Format::Packed;
   constexpr int kInFlight = Source::kInFlight, kLanesPerGroup = Format::kLanesPerGroup;
   pdl_trigger();
   const int lane = threadIdx.x % 32, warps = blockDim.x / 32;
@@ -96,6 +97,10 @@ nvfp4_quant_kernel(const __grid_constant__ Nvfp4QuantParams p, int64_t lines) {
     const float global_scale = Format::kHasGlobalScale ? *tile.global_scale : 1.0f;
     const float global_reciprocal = __frcp_rn(global_scale);
     const int64_t first_row = tile.first_row + place;
+    const int rows_left = static_cast<int>(min(tile.rows - first_row, int64_t{kTileRows}));
+    const In* x = static_cast<const In*>(p.x) + first_row * p.x_stride_row + column;
+    Packed* q = reinterpret_cast<Packed*>(p.q) + first_row * (p.padded_size / kChunk) + column / kChunk;
+    uint8_t* linear_scale = p.scale + first_row * p.groups + group;
 
     uint32_t scales = 0;
 #pragma unroll
@@ -103,27 +108,26 @@ nvfp4_quant_kernel(const __grid_constant__ Nvfp4QuantParams p, int64_t lines) {
       typename Source::Raw raw[kInFlight] = {};
 #pragma unroll
       for (int i = 0; i < kInFlight; ++i) {
-        const int64_t row = first_row + (part + i) * kLines;
-        const In* x = static_cast<const In*>(p.x) + row * p.x_stride_row + column;
-        if (in_row && row < tile.rows) Source::Row::load(raw[i], x, p.hidden_size);
+        if (in_row && (part + i) * kLines < rows_left) Source::Row::load(raw[i], x, p.hidden_size);
+        x += kLines * p.x_stride_row;
       }
 #pragma unroll
       for (int i = 0; i < kInFlight; ++i) {
-        const int64_t row = first_row + (part + i) * kLines;
-        if (row >= tile.rows) break;
+        if ((part + i) * kLines >= rows_left) break;
         const Chunk<In> chunk = Source::finish(raw[i]);
         uint32_t amax = absmax_bits(chunk);
         if constexpr (kLanesPerGroup == 2) amax = max(amax, __shfl_xor_sync(kFullWarp, amax, 1));
         const GroupScale scale = Format::scale(amax, global_scale, global_reciprocal);
         if (in_q) {
-          const int64_t chunk_index = row * (p.padded_size / kChunk) + column / kChunk;
-          reinterpret_cast<typename Format::Packed*>(p.q)[chunk_index] = Format::pack(chunk, scale.factor);
+          *q = Format::pack(chunk, scale.factor);
           if constexpr (kSwizzled) {
             scales |= scale.byte << 8 * (part + i);
           } else if (stores_scale) {
-            p.scale[row * p.groups + group] = scale.byte;
+            *linear_scale = scale.byte;
           }
         }
+        q += kLines * (p.padded_size / kChunk);
+        linear_scale += kLines * p.groups;
       }
     }
     if constexpr (kSwizzled) {
@@ -147,8 +151,8 @@ cudaError_t launch_nvfp4_quant(const Nvfp4QuantParams& p, cudaStream_t stream) {
   const int warps = lines < 4 ? 1 : lines < 256 ? 4 : kNvfp4MaxWarps;
   const int columns = std::max(p.padded_size, kSwizzled ? p.groups * kChunk * Format::kLanesPerGroup : 0);
   const dim3 grid((columns + kWarpColumns - 1) / kWarpColumns, std::min((lines + warps - 1) / warps, kMaxGridY));
-  return launch_kernel(nvfp4_quant_kernel<Format, In, kGated, kSwizzled, kExperts>, grid, dim3(32 * warps), 0, stream, p.pdl, p,
-                       lines);
+  return launch_kernel(nvfp4_quant_kernel<Format, In, kGated, kSwizzled, kExperts>, grid, dim3(32 * warps), 0, stream,
+                       p.pdl, p, lines);
 }
 
 }  // namespace
