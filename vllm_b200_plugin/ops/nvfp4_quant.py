@@ -76,7 +76,7 @@ def nvfp4_quant(
 def silu_and_mul_nvfp4_quant(
     x: torch.Tensor,
     global_scale: torch.Tensor,
-    swizzled: bool = True,
+    swizzled: bool = False,
     *,
     padded_size: int | None = None,
     pdl: bool = False,
