@@ -137,6 +137,20 @@ FEATURES: tuple[Feature, ...] = (
         after="vllm.model_executor.layers.fused_moe.oracle.fp8",
     ),
     Feature(
+        name="cpu_nvfp4_linear",
+        changes="NVFP4 linear layers on CPU: vLLM's emulation, which it offers on GPUs alone",
+        needs="vLLM's CPU platform",
+        module="vllm_b200_plugin.integration.linear_nvfp4_cpu",
+        after="vllm.model_executor.kernels.linear",
+    ),
+    Feature(
+        name="cpu_nvfp4_moe",
+        changes="NVFP4 experts on CPU: the arithmetic of vLLM's emulation, which is in Triton",
+        needs="vLLM's CPU platform",
+        module="vllm_b200_plugin.integration.moe_nvfp4_cpu",
+        after="vllm.model_executor.layers.fused_moe.oracle.nvfp4",
+    ),
+    Feature(
         name="startup_report",
         changes="nothing that runs: once a model is loaded, the log has a line for each kind of layer with its kernel, "
         "and VLLM_B200_REPORT=FILE gets the same as JSON",
