@@ -1,5 +1,5 @@
-"""NVFP4 linear layers for few tokens: the CPU reference against float64 computed in another way, the CUDA kernel against
-the reference, over shapes, layouts and every way of cutting the work."""
+"""NVFP4 linear layers for few tokens: the CPU reference against float64 computed in another way, the CUDA kernel
+against the reference, over shapes, layouts and every way of cutting the work."""
 
 import itertools
 
@@ -112,7 +112,7 @@ def test_strided_x_and_weight(device):
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_shards_with_scales_of_their_own(device):
-    """A layer fused from three, as vLLM fuses q, k and v, against the three apart; one scale for all is not the same."""
+    """A layer fused from three, as vLLM fuses q, k and v, is the three apart; with one scale for all it is not."""
     shards = [operands(GemmCase(3, n, 512), device) for n in (128, 32, 32)]
     x, sizes = shards[0]["x"], [shard["weight"].shape[0] for shard in shards]
     fused = {name: torch.cat([shard[name] for shard in shards]) for name in ("weight", "weight_global_scale")}

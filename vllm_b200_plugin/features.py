@@ -137,6 +137,14 @@ FEATURES: tuple[Feature, ...] = (
         after="vllm.model_executor.layers.fused_moe.oracle.fp8",
     ),
     Feature(
+        name="nvfp4_shard_scales",
+        changes="NVFP4 layers that vLLM fuses from parts with global scales of their own (q, k and v; gate and up): "
+        "each part with its scale, where vLLM takes one for all",
+        needs="nothing",
+        module="vllm_b200_plugin.integration.nvfp4_shards",
+        after="vllm.model_executor.model_loader.base_loader",
+    ),
+    Feature(
         name="cpu_nvfp4_linear",
         changes="NVFP4 linear layers on CPU: vLLM's emulation, which it offers on GPUs alone",
         needs="vLLM's CPU platform",

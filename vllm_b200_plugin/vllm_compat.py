@@ -304,6 +304,13 @@ VALID_DEEP_GEMM_EXPERTS = Private(
     "explain: a branch on the number of tokens that vLLM takes in every call",
     "-",
 )
+PROCESS_WEIGHTS = Private(
+    "vllm.model_executor.model_loader.base_loader",
+    "process_weights_after_loading",
+    "function: has every layer bring its loaded weights into the form that its kernel takes",
+    "global scales of the parts of a fused layer are there before it, and one for all of them afterwards",
+    "kernels that take a global scale for each part",
+)
 BASE_LOADER = Private(
     "vllm.model_executor.model_loader.base_loader",
     "BaseModelLoader",

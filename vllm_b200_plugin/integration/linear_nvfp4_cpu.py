@@ -1,7 +1,7 @@
 """Feature cpu_nvfp4_linear: NVFP4 linear layers on CPU, by vLLM's emulation.
 
-vLLM has an emulation, which it lists for GPUs alone. For W4A16 it asks for Marlin by name, whatever the platform, so that
-on a CPU our class takes that name too.
+vLLM has an emulation, which it lists for GPUs alone. For W4A16 it asks for Marlin by name, whatever the platform, so
+that on a CPU our class takes that name too.
 """
 
 from typing import Any

@@ -1,9 +1,9 @@
 """Linear layers with an NVFP4 weight and a bfloat16 activation (W4A16), for 1 to 32 tokens: the weight is read once.
 
 The kernel is that of `ops/small_m_gemm.py` with another format of the weight. A weight times its scale of 16 has six
-significant bits, so that it goes through the tensor cores exactly; products and sums are fp32, and the global scale comes
-last. With a global scale for each row of the weight, a layer that is fused from several, each with a scale of its own,
-is exact too.
+significant bits, so that it goes through the tensor cores exactly; products and sums are fp32, and the global scale
+comes last. With a global scale for each row of the weight, a layer that is fused from several, each with a scale of its
+own, is exact too.
 """
 
 import torch
@@ -39,8 +39,8 @@ def nvfp4_linear(
         weight: [N, K / 2] uint8, two e2m1 each, the first in the lower four bits.
         weight_scale: float8_e4m3fn. [N, K / 16] or, `swizzled`, [N rounded up to 128, K / 16 rounded up to 4] in tiles
             as `ops.nvfp4_quant.swizzle_scales` makes them.
-        weight_global_scale: float32, contiguous, 1 element or one for each of the N rows; what the values are multiplied
-            by, not its reciprocal.
+        weight_global_scale: float32, contiguous, 1 element or one for each of the N rows; what the values are
+            multiplied by, not its reciprocal.
         bias: [N] in out_dtype.
         out_dtype: bfloat16, float16 or float32.
         swizzled: the layout of weight_scale.
