@@ -13,6 +13,7 @@ from benchmarks import families
 from benchmarks.cases.gemm import GemmCase
 from benchmarks.cases.kv_cache import KvCacheCase
 from benchmarks.cases.moe import FusedExpertsCase, MoeAlignCase, MoeSumCase, RouterCase, TopKCase
+from benchmarks.cases.nvfp4_quant import Nvfp4ExpertsQuantCase, Nvfp4QuantCase
 from benchmarks.cases.quant import GroupQuantCase
 from benchmarks.cases.rms_norm_quant import RmsNormQuantCase
 from benchmarks.cases.silu_quant import MaskedSiluQuantCase, SiluQuantCase
@@ -21,7 +22,7 @@ from benchmarks.families import Missing, Run, _common
 from benchmarks.kernels import FAMILIES
 from vllm_b200_plugin.ops.gemm import fp8_block_scaled_mm
 from vllm_b200_plugin.ops.moe import fp8_block_scaled_moe
-from vllm_b200_plugin.ops.nvfp4_quant import nvfp4_dequant
+from vllm_b200_plugin.ops.nvfp4_quant import nvfp4_dequant, nvfp4_quant
 from vllm_b200_plugin.ops.quant import ScaleLayout, per_token_group_quant
 from vllm_b200_plugin.ops.token_quant import per_token_quant
 from vllm_b200_plugin.ops.topk import select_experts
@@ -37,7 +38,10 @@ SMALL: dict[str, list[Any]] = {
     "masked_silu_quant": [MaskedSiluQuantCase(3, 4, 1024, 5, packed) for packed in (False, True)],
     "rms_norm_quant": [RmsNormQuantCase(5, 256, layout=layout) for layout in (ScaleLayout.ROW, ScaleLayout.COLUMN_TMA)]
     + [RmsNormQuantCase(5, 256, residual=False), RmsNormQuantCase(5, 256, kind="token")]
+    + [RmsNormQuantCase(5, 256, kind="nvfp4_swizzled")]
     + [RmsNormQuantCase(5, 640, layout=ScaleLayout.PACKED_UE8M0)],
+    "nvfp4_quant": [Nvfp4QuantCase(5, 320, swizzled, gated) for swizzled in (False, True) for gated in (False, True)],
+    "nvfp4_experts_quant": [Nvfp4ExpertsQuantCase(3, 7, 320), Nvfp4ExpertsQuantCase(3, 7, 64, True)],
     "kv_cache": [KvCacheCase(7, heads, fp8) for heads in (2, None) for fp8 in (False, True)],
     "bf16_gemm": [GEMM],
     "fp8_tensor_gemm": [GEMM],
@@ -232,9 +236,56 @@ def _naive_rms_norm_quant(family: ModuleType, case: RmsNormQuantCase) -> tuple[t
         normed.append([v / rms * w for v, w in zip(row, weight, strict=True)])
     if case.kind == "token":
         quantised = per_token_quant(torch.tensor(normed))[:2]
+    elif case.kind == "nvfp4_swizzled":
+        quantised = nvfp4_quant(torch.tensor(normed), family._global_scale(), True)
     else:
         quantised = per_token_group_quant(torch.tensor(normed), layout=case.layout)
     return (*quantised, torch.tensor(x).bfloat16()) if case.residual else quantised
+
+
+def _naive_nvfp4(x: list[float], global_scale: float) -> tuple[list[int], list[float]]:
+    """Bytes of one row, and its scales."""
+    numbers, found, scales = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0), [], []
+    for first in range(0, len(x), 16):
+        group = x[first : first + 16]
+        scale = torch.tensor(global_scale * max(map(abs, group)) / 6).clamp(max=448).to(torch.float8_e4m3fn).item()
+        scales.append(scale)
+        for v in group:
+            y = abs(v) * global_scale / scale
+            found.append(min(range(8), key=lambda n: (abs(numbers[n] - y), n % 2)) + (8 if v < 0 else 0))
+    return [a + 16 * b for a, b in zip(found[::2], found[1::2], strict=True)], scales
+
+
+def _naive_nvfp4_quant(family: ModuleType, case: Nvfp4QuantCase) -> tuple[torch.Tensor, ...]:
+    x, _, q, scale = family._tensors(case, 0)
+    scale.view(torch.uint8).zero_()
+    for m, row in enumerate(x.tolist()):
+        half = case.hidden_size
+        hidden = [row[i] / (1 + math.exp(-row[i])) * row[half + i] for i in range(half)] if case.silu_and_mul else row
+        packed, scales = _naive_nvfp4(hidden, family.GLOBAL_SCALE)
+        q[m] = torch.tensor(packed)
+        for g, value in enumerate(scales):
+            if case.swizzled:
+                scale.view(-1)[g // 4 * 512 + m * 16 + g % 4] = value
+            else:
+                scale[m, g] = value
+    return q, scale
+
+
+def _naive_nvfp4_experts_quant(family: ModuleType, case: Nvfp4ExpertsQuantCase) -> tuple[torch.Tensor, ...]:
+    x, global_scale, expert_offsets, scale_offsets, q, scale = family._tensors(case, 0)
+    rows, half = expert_offsets.tolist(), case.hidden_size
+    for e in range(case.num_experts):
+        for m in range(rows[e], rows[e + 1]):
+            row = x[m].tolist()
+            if case.silu_and_mul:
+                row = [row[i] / (1 + math.exp(-row[i])) * row[half + i] for i in range(half)]
+            packed, scales = _naive_nvfp4(row, global_scale[e].item())
+            q[m] = torch.tensor(packed)
+            first = int(scale_offsets[e]) * scale.shape[1] + (m - rows[e]) * 16
+            for g, value in enumerate(scales):
+                scale.view(-1)[first + g // 4 * 512 + g % 4] = value
+    return q, scale
 
 
 def _naive_kv_cache(family: ModuleType, case: KvCacheCase) -> tuple[torch.Tensor, ...]:

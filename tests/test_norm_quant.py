@@ -12,15 +12,18 @@ from benchmarks.cases.rms_norm_quant import tests as norm_cases
 from vllm_b200_plugin.ops.norm_quant import (
     normalise,
     rms_norm_group_quant,
+    rms_norm_nvfp4_quant,
     rms_norm_tensor_quant,
     rms_norm_token_quant,
 )
+from vllm_b200_plugin.ops.nvfp4_quant import nvfp4_quant
 from vllm_b200_plugin.ops.quant import ScaleLayout, per_token_group_quant
 from vllm_b200_plugin.ops.token_quant import per_tensor_quant, per_token_quant
 
 CASES = list(norm_cases())
 EPS = 1e-6
 SCALE = 0.02
+GLOBAL_SCALE = 400.0
 
 
 def bits(t: torch.Tensor) -> torch.Tensor:
@@ -35,6 +38,9 @@ def quantise(
         return rms_norm_token_quant(x, weight, EPS, case.dtype, **kwargs)
     if case.kind == "tensor":
         return (rms_norm_tensor_quant(x, weight, torch.tensor([SCALE], device=x.device), EPS, case.dtype, **kwargs),)
+    if case.kind.startswith("nvfp4"):
+        global_scale = torch.tensor([GLOBAL_SCALE], device=x.device)
+        return rms_norm_nvfp4_quant(x, weight, global_scale, EPS, case.kind == "nvfp4_swizzled", **kwargs)
     return rms_norm_group_quant(
         x, weight, EPS, case.group_size, case.dtype, layout=case.layout, ue8m0=case.ue8m0, **kwargs
     )
@@ -56,6 +62,8 @@ def test_reference_is_its_parts(case: RmsNormQuantCase) -> None:
         expected = per_token_quant(y, case.dtype)[:2]
     elif case.kind == "tensor":
         expected = (per_tensor_quant(y, torch.tensor([SCALE]), case.dtype),)
+    elif case.kind.startswith("nvfp4"):
+        expected = nvfp4_quant(y, torch.tensor([GLOBAL_SCALE]), case.kind == "nvfp4_swizzled")
     elif case.dtype == torch.int8:
         scale = y.float().unflatten(-1, (-1, case.group_size)).abs().amax(-1) / 127
         expected = ((y.float() / scale.repeat_interleave(case.group_size, -1)).round().to(torch.int8), scale)

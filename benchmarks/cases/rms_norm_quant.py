@@ -1,5 +1,5 @@
 """Cases of RMSNorm, with or without the addition of a residual, followed by quantisation: in groups,
-per token or per tensor."""
+per token, per tensor or to NVFP4."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ class RmsNormQuantCase:
     hidden_size: int
     residual: bool = True
     layout: ScaleLayout = ScaleLayout.ROW
-    kind: str = "group"  # or "token", "tensor": one scale for each
+    kind: str = "group"  # or "token", "tensor": one scale for each; or "nvfp4" and "nvfp4_swizzled"
     dtype: torch.dtype = torch.float8_e4m3fn
     group_size: int = 128
     ue8m0: bool = False
@@ -34,13 +34,17 @@ class RmsNormQuantCase:
 
     @property
     def layout_name(self) -> str:
-        name = self.layout.value + ("_ue8m0" if self.ue8m0 else "") if self.kind == "group" else f"per_{self.kind}"
+        name = self.kind if self.kind.startswith("nvfp4") else f"per_{self.kind}"
+        if self.kind == "group":
+            name = self.layout.value + ("_ue8m0" if self.ue8m0 else "")
         return name + ("_residual" if self.residual else "")
 
     @property
     def num_bytes(self) -> int:
-        """bf16 in, one byte an element and the scales out, the weight, and the residual in and out."""
+        """bf16 in, the result and the scales out, the weight, and the residual in and out."""
         elements = self.num_tokens * self.hidden_size
+        if self.kind.startswith("nvfp4"):
+            return elements * (6 if self.residual else 2) + elements * 9 // 16 + 2 * self.hidden_size
         scale = 1 if self.layout is ScaleLayout.PACKED_UE8M0 else 4
         scales = {"group": elements // self.group_size, "token": self.num_tokens, "tensor": 1}[self.kind]
         return elements * (7 if self.residual else 3) + scales * scale + 2 * self.hidden_size
@@ -77,6 +81,10 @@ def tests() -> Iterator[RmsNormQuantCase]:
         yield RmsNormQuantCase(num_tokens, hidden_size, kind="token")
     yield RmsNormQuantCase(9, 2896, kind="token")
     yield RmsNormQuantCase(9, 48, kind="tensor")
+    for kind, input_dtype in product(("nvfp4", "nvfp4_swizzled"), (torch.bfloat16, torch.float16)):
+        for num_tokens, hidden_size in [(1, 7168), (5, 1040), (133, 1152), (140, 7168), (133, 16384)]:
+            yield RmsNormQuantCase(num_tokens, hidden_size, kind=kind, input_dtype=input_dtype)
+        yield RmsNormQuantCase(9, 48, False, kind=kind, gemma=True, input_dtype=input_dtype)
 
 
 def benchmarks() -> Iterator[RmsNormQuantCase]:
@@ -88,3 +96,4 @@ def benchmarks() -> Iterator[RmsNormQuantCase]:
     for shape in product((1, 16, 1024, 8192), HIDDEN_SIZES):
         yield RmsNormQuantCase(*shape, kind="token")
         yield RmsNormQuantCase(*shape, kind="tensor")
+        yield RmsNormQuantCase(*shape, kind="nvfp4_swizzled")

@@ -31,10 +31,13 @@ from benchmarks.families._common import (
     vllm_group_quant,
     vllm_op,
 )
+from benchmarks.families.nvfp4_quant import FP4_LIMIT
+from vllm_b200_plugin.ops.nvfp4_quant import empty_outputs, nvfp4_dequant
 from vllm_b200_plugin.ops.quant import ScaleLayout, empty_scale
 
 OP = "rms_norm_quant"
 NORM_EPS = 1e-6
+GLOBAL_SCALE = 448 * 6 / 6.0
 STATIC_SCALE = 1 / 64  # normalised values reach some 6: within the format
 cases = benchmarks
 
@@ -44,7 +47,7 @@ def record(case: RmsNormQuantCase) -> dict[str, Any]:
         "m": case.num_tokens,
         "n": None,
         "k": case.hidden_size,
-        "dtype": "e4m3",
+        "dtype": "nvfp4" if case.kind == "nvfp4_swizzled" else "e4m3",
         "layout": case.layout_name,
         "bytes": case.num_bytes,
         "flops": 0,
@@ -65,7 +68,13 @@ def _outputs(case: RmsNormQuantCase) -> tuple[torch.Tensor, torch.Tensor]:
         return q, torch.empty(case.num_tokens, 1, device=families.device)
     if case.kind == "tensor":
         return q, torch.full((1,), STATIC_SCALE, device=families.device)
+    if case.kind == "nvfp4_swizzled":
+        return empty_outputs(q, case.hidden_size, None, True)
     return q, empty_scale(q, GROUP, case.layout)
+
+
+def _global_scale() -> torch.Tensor:
+    return torch.full((1,), GLOBAL_SCALE, device=families.device)
 
 
 def _run(case: RmsNormQuantCase, call: Callable[[], object], *outputs: torch.Tensor) -> Run:
@@ -83,6 +92,15 @@ def ours(case: RmsNormQuantCase, seed: int, pdl: bool = True) -> Run:
     if case.kind == "tensor":
         static = ops.rms_norm_tensor_quant
         return _run(case, lambda: static(x, added, weight, q, scale, NORM_EPS, False, pdl), q, scale, residual)
+    if case.kind == "nvfp4_swizzled":
+        global_scale, nvfp4 = _global_scale(), ops.rms_norm_nvfp4_quant
+        return _run(
+            case,
+            lambda: nvfp4(x, added, weight, global_scale, q, scale, NORM_EPS, True, False, pdl),
+            q,
+            scale,
+            residual,
+        )
     packed, group = case.layout is ScaleLayout.PACKED_UE8M0, ops.rms_norm_group_quant
     return _run(
         case,
@@ -98,6 +116,8 @@ def ours_no_pdl(case: RmsNormQuantCase, seed: int) -> Run:
 
 
 def vllm(case: RmsNormQuantCase, seed: int) -> Run:
+    if case.kind == "nvfp4_swizzled":
+        raise Missing("vLLM has no op that ends in NVFP4: it takes FlashInfer's")
     (x, residual, weight), (q, scale) = _inputs(case, seed), _outputs(case)
     if case.kind == "token":
         token = vllm_op("rms_norm_dynamic_per_token_quant")
@@ -184,9 +204,11 @@ def check(case: RmsNormQuantCase, seed: int, outputs: tuple[torch.Tensor, ...]) 
     total = x + residual if case.residual else x
     normed = total * torch.rsqrt(total.square().mean(-1, keepdim=True) + NORM_EPS) * weight
     details = {"residual_right": abs(error_of(outputs[2], total)) < 1e-5} if case.residual else {}
-    if case.kind == "group":
+    limit = FP8_LIMIT * (2 if case.layout is ScaleLayout.PACKED_UE8M0 else 1)
+    if case.kind == "nvfp4_swizzled":
+        values, limit = nvfp4_dequant(*outputs[:2], _global_scale(), True).double(), FP4_LIMIT
+    elif case.kind == "group":
         values = dequantise(outputs[0], unpack_scale(outputs[1], case.hidden_size // GROUP))
     else:
         values = outputs[0].double() * outputs[1].double()
-    limit = FP8_LIMIT * (2 if case.layout is ScaleLayout.PACKED_UE8M0 else 1)
     return verdict(error_of(values, normed), limit, **details)

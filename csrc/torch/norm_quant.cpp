@@ -1,21 +1,21 @@
 #include "../kernels/norm/rms_norm_quant.h"
 #include "checks.h"
 #include "memory_ops.h"
+#include "nvfp4.h"
 
 namespace vllm_b200 {
 namespace {
 
+// All but q and the scales.
 RmsNormQuantParams norm_params(const Tensor& x, const std::optional<Tensor>& residual, const Tensor& weight,
-                               const Tensor& q, double norm_eps, bool gemma, bool pdl) {
-  const Rows x_rows = checked_rows(x, "x"), q_rows = checked_rows(q, "q");
-  STD_TORCH_CHECK(q_rows.count == x_rows.count && q_rows.width == x_rows.width, "q: takes the shape of x");
+                               double norm_eps, bool gemma, bool pdl) {
+  const Rows x_rows = checked_rows(x, "x");
   STD_TORCH_CHECK(x_rows.width % 16 == 0 && x_rows.width <= kMaxNormHiddenSize,
                   "x: the last dimension takes multiples of 16 up to ", kMaxNormHiddenSize, ", got ", x_rows.width);
   check_type(weight, "weight", x.scalar_type());
   check_shape(weight, "weight", {x_rows.width});
   checked_rows(weight, "weight");
-  STD_TORCH_CHECK(x.get_device_index() == q.get_device_index() && x.get_device_index() == weight.get_device_index(),
-                  "x, weight and q: take one device");
+  STD_TORCH_CHECK(x.get_device_index() == weight.get_device_index(), "weight: takes the device of x");
   RmsNormQuantParams params = {};
   if (residual) {
     const Rows rows = checked_rows(*residual, "residual");
@@ -27,15 +27,25 @@ RmsNormQuantParams norm_params(const Tensor& x, const std::optional<Tensor>& res
   }
   params.x = x.data_ptr();
   params.weight = weight.data_ptr();
-  params.q = q.data_ptr();
   params.rows = x_rows.count;
   params.padded_rows = x_rows.count;
   params.hidden_size = static_cast<int32_t>(x_rows.width);
   params.x_stride_row = x_rows.stride;
-  params.q_stride_row = q_rows.stride;
   params.norm_eps = static_cast<float>(norm_eps);
   params.gemma = gemma;
   params.pdl = pdl;
+  return params;
+}
+
+// With q in the shape of x, a byte an element.
+RmsNormQuantParams norm_params(const Tensor& x, const std::optional<Tensor>& residual, const Tensor& weight,
+                               const Tensor& q, double norm_eps, bool gemma, bool pdl) {
+  RmsNormQuantParams params = norm_params(x, residual, weight, norm_eps, gemma, pdl);
+  const Rows rows = checked_rows(q, "q");
+  STD_TORCH_CHECK(rows.count == params.rows && rows.width == params.hidden_size, "q: takes the shape of x");
+  STD_TORCH_CHECK(x.get_device_index() == q.get_device_index(), "q: takes the device of x");
+  params.q = q.data_ptr();
+  params.q_stride_row = rows.stride;
   return params;
 }
 
@@ -102,11 +112,29 @@ void rms_norm_tensor_quant(const Tensor& x, std::optional<Tensor> residual, cons
       "rms_norm_tensor_quant");
 }
 
+void rms_norm_nvfp4_quant(const Tensor& x, std::optional<Tensor> residual, const Tensor& weight,
+                          const Tensor& global_scale, Tensor q, Tensor scale, double norm_eps, bool swizzled, bool gemma,
+                          bool pdl) {
+  STD_TORCH_CHECK(x.dim() == 2, "x: takes 2 dimensions, got ", x.dim());
+  RmsNormQuantParams params = norm_params(x, residual, weight, norm_eps, gemma, pdl);
+  check_nvfp4_outputs(x, x.size(1), q, scale, swizzled);
+  check_shape(q, "q", {x.size(0), x.size(1) / 2});
+  check_scalar(global_scale, "global_scale", x);
+  params.q = q.data_ptr();
+  params.scale = scale.data_ptr();
+  params.global_scale = static_cast<const float*>(global_scale.data_ptr());
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  check_launch(
+      vllm_b200::rms_norm_nvfp4_quant(params, input_type(x), swizzled, current_stream(x.get_device_index())),
+      "rms_norm_nvfp4_quant");
+}
+
 }  // namespace ops
 }  // namespace vllm_b200
 
 STABLE_TORCH_LIBRARY_IMPL(vllm_b200, CUDA, m) {
   m.impl("rms_norm_group_quant", TORCH_BOX(&vllm_b200::ops::rms_norm_group_quant));
   m.impl("rms_norm_token_quant", TORCH_BOX(&vllm_b200::ops::rms_norm_token_quant));
+  m.impl("rms_norm_nvfp4_quant", TORCH_BOX(&vllm_b200::ops::rms_norm_nvfp4_quant));
   m.impl("rms_norm_tensor_quant", TORCH_BOX(&vllm_b200::ops::rms_norm_tensor_quant));
 }

@@ -7,8 +7,9 @@ The arithmetic is that of vLLM's `rms_norm_per_block_quant` and `rms_norm_dynami
     y     = (sum * rstd in the type of x) * weight in that type
     y     = sum * rstd * (1 + weight) in that type, with gemma
 
-and then y as `per_token_group_quant`, `per_token_quant` or `per_tensor_quant` quantise it. vLLM's op for one given
-scale rounds the sum before it squares it; not doing so is nearer to float64, as is rounding int8 to nearest in groups.
+and then y as `per_token_group_quant`, `per_token_quant`, `per_tensor_quant` or `nvfp4_quant` quantise it. vLLM's op for
+one given scale rounds the sum before it squares it; not doing so is nearer to float64, as is rounding int8 to nearest
+in groups.
 
 The squares are added in a fixed order, whatever the launch: a tree of neighbours over 512 columns, and these sums in
 four chains that meet in the end. So a row's result does not depend on the rows beside it, and PyTorch gets the same.
@@ -19,6 +20,7 @@ import torch
 from vllm_b200_plugin.ops import _library
 from vllm_b200_plugin.ops._library import torch_library
 from vllm_b200_plugin.ops.gated_quant import GROUP_SIZES, INPUT_DTYPES, quantise_groups
+from vllm_b200_plugin.ops.nvfp4_quant import empty_outputs
 from vllm_b200_plugin.ops.quant import MIN_EPS, ScaleLayout, empty_scale
 from vllm_b200_plugin.ops.token_quant import check_dtype, check_number, check_rows
 
@@ -59,7 +61,8 @@ def rms_norm_group_quant(
     Raises:
         ValueError: an argument is not as above; the message names it, what came and what is taken.
     """
-    _check(x, weight, residual, dtype)
+    _check(x, weight, residual)
+    check_dtype(dtype)
     if x.dim() != 2:
         raise ValueError(f"x: takes [num_tokens, hidden_size], got {tuple(x.shape)}")
     if group_size not in GROUP_SIZES:
@@ -95,7 +98,8 @@ def rms_norm_token_quant(
     Arguments as for `rms_norm_group_quant` and `per_token_quant`; x may have more dimensions. Returns q and scale
     [rows, 1]. Raises ValueError like these.
     """
-    _check(x, weight, residual, dtype)
+    _check(x, weight, residual)
+    check_dtype(dtype)
     if scale_ub is not None and dtype == torch.int8:
         raise ValueError("scale_ub: goes with torch.float8_e4m3fn, got torch.int8")
     q = torch.empty(x.shape, dtype=dtype, device=x.device)
@@ -117,16 +121,42 @@ def rms_norm_tensor_quant(
     pdl: bool = False,
 ) -> torch.Tensor:
     """RMSNorm of x, or of x + residual, with one given scale, as `per_tensor_quant` quantises. Arguments as above."""
-    _check(x, weight, residual, dtype)
+    _check(x, weight, residual)
+    check_dtype(dtype)
     check_number("scale", scale, torch.float32)
     q = torch.empty(x.shape, dtype=dtype, device=x.device)
     torch.ops.vllm_b200.rms_norm_tensor_quant(x, residual, weight, q, scale, norm_eps, gemma, pdl)
     return q
 
 
-def _check(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor | None, dtype: torch.dtype) -> None:
+def rms_norm_nvfp4_quant(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    global_scale: torch.Tensor,
+    norm_eps: float,
+    swizzled: bool = False,
+    *,
+    residual: torch.Tensor | None = None,
+    gemma: bool = False,
+    pdl: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """RMSNorm of x, or of x + residual, to NVFP4, as `nvfp4_quant` quantises y and lays out its results.
+
+    Arguments as for `rms_norm_group_quant` and `nvfp4_quant`. Returns q and scale. Raises ValueError like these.
+    """
+    _check(x, weight, residual)
+    if x.dim() != 2:
+        raise ValueError(f"x: takes [num_tokens, hidden_size], got {tuple(x.shape)}")
+    check_number("global_scale", global_scale, torch.float32)
+    q, scale = empty_outputs(x, x.shape[1], None, swizzled)
+    torch.ops.vllm_b200.rms_norm_nvfp4_quant(
+        x, residual, weight, global_scale, q, scale, norm_eps, swizzled, gemma, pdl
+    )
+    return q, scale
+
+
+def _check(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor | None) -> None:
     check_rows("x", x, INPUT_DTYPES)
-    check_dtype(dtype)
     if x.shape[-1] > MAX_HIDDEN_SIZE:
         raise ValueError(f"x: the last dimension takes up to {MAX_HIDDEN_SIZE}, got {x.shape[-1]}")
     if weight.shape != x.shape[-1:] or weight.dtype != x.dtype:
@@ -181,13 +211,17 @@ torch_library.define(
 torch_library.define(
     f"rms_norm_tensor_quant({_INPUTS}, Tensor scale, float norm_eps, bool gemma, bool pdl=False) -> ()"
 )
+torch_library.define(
+    "rms_norm_nvfp4_quant(Tensor x, Tensor(a!)? residual, Tensor weight, Tensor global_scale, Tensor(b!) q, "
+    "Tensor(c!) scale, float norm_eps, bool swizzled, bool gemma, bool pdl=False) -> ()"
+)
 
 
 def _fake(*args: object) -> None:
     return None
 
 
-for _name in ("rms_norm_group_quant", "rms_norm_token_quant", "rms_norm_tensor_quant"):
+for _name in ("rms_norm_group_quant", "rms_norm_token_quant", "rms_norm_tensor_quant", "rms_norm_nvfp4_quant"):
     torch.library.register_fake(f"vllm_b200::{_name}", _fake, lib=torch_library)
 
 
@@ -214,6 +248,15 @@ def _rms_norm_tensor_quant_cpu(
     norm_eps: float, gemma: bool, pdl: bool = False,
 ) -> None:  # fmt: skip
     torch.ops.vllm_b200.per_tensor_quant(normalise(x, residual, weight, norm_eps, gemma), q, scale, None)
+
+
+@torch.library.impl(torch_library, "rms_norm_nvfp4_quant", "CPU")
+def _rms_norm_nvfp4_quant_cpu(
+    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, global_scale: torch.Tensor, q: torch.Tensor,
+    scale: torch.Tensor, norm_eps: float, swizzled: bool, gemma: bool, pdl: bool = False,
+) -> None:  # fmt: skip
+    y = normalise(x, residual, weight, norm_eps, gemma)
+    torch.ops.vllm_b200.nvfp4_quant(y, global_scale, q, scale, swizzled, False)
 
 
 _library.status()

@@ -1,7 +1,7 @@
 """NVFP4 quantisation: e2m1 elements, an e4m3 scale for every 16 of a row, one fp32 scale for all.
 
-The arithmetic is that of vLLM's `scaled_fp4_quant` as its emulation (`nvfp4_emulation_utils.ref_nvfp4_quant`) states it,
-for every group of 16 elements in fp32:
+The arithmetic is that of vLLM's `scaled_fp4_quant` as its emulation (`nvfp4_emulation_utils.ref_nvfp4_quant`) states
+it, for every group of 16 elements in fp32:
 
     scale = e4m3(global_scale * (max|x| * (1 / 6)))         to nearest even, at most 448
     q     = e2m1(x * (1 / (scale * (1 / global_scale))))    to nearest even, at most 6; 0 where scale is 0
@@ -50,8 +50,8 @@ def nvfp4_quant(
     """Quantise x to NVFP4.
 
     Args:
-        x: [num_tokens, hidden_size] bf16, fp16 or fp32; hidden_size is a multiple of 16. The last stride is 1, rows begin
-            at multiples of 16 bytes: a slice of a wider tensor is read in place.
+        x: [num_tokens, hidden_size] bf16, fp16 or fp32; hidden_size is a multiple of 16. The last stride is 1, rows
+            begin at multiples of 16 bytes: a slice of a wider tensor is read in place.
         global_scale: one float32, positive, on the device of x; `nvfp4_global_scale` finds one.
         swizzled: the scales in tiles of 128 rows by 4 groups, as block-scaled tensor-core instructions read them, see
             `swizzle_scales`. The padding is 0.
@@ -68,7 +68,7 @@ def nvfp4_quant(
     """
     _check_matrix(x, INPUT_DTYPES)
     check_number("global_scale", global_scale, torch.float32)
-    q, scale = _empty_outputs(x, x.shape[1], padded_size, swizzled)
+    q, scale = empty_outputs(x, x.shape[1], padded_size, swizzled)
     torch.ops.vllm_b200.nvfp4_quant(x, global_scale, q, scale, swizzled, False, pdl)
     return q, scale
 
@@ -94,7 +94,7 @@ def silu_and_mul_nvfp4_quant(
     """
     _check_gated(x)
     check_number("global_scale", global_scale, torch.float32)
-    q, scale = _empty_outputs(x, x.shape[1] // 2, padded_size, swizzled)
+    q, scale = empty_outputs(x, x.shape[1] // 2, padded_size, swizzled)
     torch.ops.vllm_b200.nvfp4_quant(x, global_scale, q, scale, swizzled, True, pdl)
     return q, scale
 
@@ -238,9 +238,10 @@ def _check_gated(x: torch.Tensor) -> None:
         raise ValueError(f"x: the last dimension takes multiples of {2 * GROUP_SIZE}, got {x.shape[1]}")
 
 
-def _empty_outputs(
+def empty_outputs(
     x: torch.Tensor, hidden_size: int, padded_size: int | None, swizzled: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """Unwritten q and scale of `nvfp4_quant` for the rows of x."""
     size = hidden_size if padded_size is None else padded_size
     if size < hidden_size or size % GROUP_SIZE:
         raise ValueError(f"padded_size: takes multiples of {GROUP_SIZE} from {hidden_size} on, got {padded_size}")

@@ -22,6 +22,7 @@ struct RmsNormQuantParams {
   void* q;
   void* scale;            // to write; for tensor_quant [1] to read
   const float* scale_ub;  // token_quant: [1] or null
+  const float* global_scale;  // nvfp4: [1]
   int64_t rows;
   int64_t padded_rows;  // group_quant: rows of scale to write; those from `rows` on get 0
   int32_t hidden_size;  // a multiple of 16 and of the group size, at most 16384
@@ -42,6 +43,8 @@ cudaError_t rms_norm_group_quant(const RmsNormQuantParams& params, InputType inp
                                  cudaStream_t stream);
 cudaError_t rms_norm_token_quant(const RmsNormQuantParams& params, InputType input, OutputType output,
                                  cudaStream_t stream);
+// The scales in rows of hidden_size / 16 bytes or in tiles, see nvfp4_quant.h; q [rows, hidden_size / 2], contiguous.
+cudaError_t rms_norm_nvfp4_quant(const RmsNormQuantParams& params, InputType input, bool swizzled, cudaStream_t stream);
 cudaError_t rms_norm_tensor_quant(const RmsNormQuantParams& params, InputType input, OutputType output,
                                   cudaStream_t stream);
 
