@@ -152,4 +152,4 @@ def test_experts_are_the_emulation(oracle, mapped, on_input):
             inner = (torch.nn.functional.silu(gate) * value).to(BF16)
             part = ref_nvfp4_quant_dequant(inner, inputs[1], 16).double() @ down.t()
             expected[token] += part[0] * (1 if on_input else topk_weights[token, slot])
-    assert error(output, expected) < 1e-3, "e2m1 may fall the other way where a sum is rounded to bf16"
+    assert error(output, expected) < 1e-4, "e2m1 may fall the other way where a sum is rounded to bf16"

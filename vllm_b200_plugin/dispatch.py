@@ -248,6 +248,11 @@ def small_m_gemm(
     return SmallMChoice(VLLM, f"{num_tokens} tokens, no faster {where}")
 
 
+def small_m_measured(kind: str, capability: tuple[int, int]) -> bool:
+    """Whether small_m_gemm takes any shape of this kind on this GPU."""
+    return any(TABLE.get((capability, kind), {}).values())
+
+
 def small_m_limit(kind: str, n: int, k: int, capability: tuple[int, int]) -> int:
     """The most tokens for which small_m_gemm takes a layer; 0 where it never does."""
     counts = range(SMALL_M_BELOW - 1, 0, -1)

@@ -137,6 +137,14 @@ FEATURES: tuple[Feature, ...] = (
         after="vllm.model_executor.layers.fused_moe.oracle.fp8",
     ),
     Feature(
+        name="nvfp4_linear",
+        changes="NVFP4 linear layers with a bf16 activation, beside Marlin: our GEMM for few tokens where it is faster",
+        needs="the CUDA library, compute capability 9.0, 10.0, 10.3 or 12.0; memory for a second copy of these weights",
+        module="vllm_b200_plugin.integration.linear_nvfp4",
+        after="vllm.model_executor.kernels.linear",
+        trial=True,
+    ),
+    Feature(
         name="nvfp4_shard_scales",
         changes="NVFP4 layers that vLLM fuses from parts with global scales of their own (q, k and v; gate and up): "
         "each part with its scale, where vLLM takes one for all",

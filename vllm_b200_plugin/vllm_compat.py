@@ -219,6 +219,13 @@ NVFP4_MARLIN_KERNEL = Private(
     "on CPU the name has to be that of a class that runs there",
     "W4A16 kernels from the list of the platform",
 )
+NVFP4_MARLIN_GEMM = Private(
+    "vllm.model_executor.layers.quantization.utils.marlin_utils_fp4",
+    "apply_fp4_marlin_linear",
+    "function: Marlin on a layer's tensors",
+    "the GEMM of our op for more tokens",
+    _STABLE_GEMM,
+)
 NVFP4_QUANT_DEQUANT = Private(
     _NVFP4_EMULATION,
     "ref_nvfp4_quant_dequant",
