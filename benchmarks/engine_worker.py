@@ -7,11 +7,13 @@ answer is one JSON line on the file descriptor given as the first argument, so t
 import collections
 import json
 import os
+import statistics
 import sys
 import time
 from typing import Any
 
 DECODE_STEPS = 128
+PREFILLS = 5  # of a round
 
 
 class Worker:
@@ -53,12 +55,12 @@ class Worker:
 
     def measure(self, batch: int, rounds: int) -> dict[str, Any]:
         self.generate(batch, 8)
-        first, many = [], []
+        tpot, ttft = [], []
         for _ in range(rounds):
-            first.append(self.generate(batch, 1))
-            many.append(self.generate(batch, 1 + DECODE_STEPS))
-        tpot = [(m - f) / DECODE_STEPS * 1e3 for f, m in zip(first, many, strict=True)]
-        return {"batch": batch, "tpot_ms": tpot, "ttft_ms": [f * 1e3 for f in first]}
+            firsts = [self.generate(batch, 1) for _ in range(PREFILLS)]
+            tpot.append((self.generate(batch, 1 + DECODE_STEPS) - statistics.median(firsts)) / DECODE_STEPS * 1e3)
+            ttft += [first * 1e3 for first in firsts]
+        return {"batch": batch, "tpot_ms": tpot, "ttft_ms": ttft}
 
     def profile(self, batch: int, steps: int) -> dict[str, Any]:
         """Microseconds and launches per decode step and kernel: a run of 2 * steps less one of steps tokens.

@@ -78,6 +78,7 @@ def _side(model: str, batch: int, engine: Asked, tpot: list[float], ttft: list[f
         "tpot_ms": round(median, 4),
         "tpot_spread": round(max(tpot) - min(tpot), 4),
         "ttft_ms": round(statistics.median(ttft), 3),
+        "ttft_spread": round(max(ttft) - min(ttft), 3),
         "tokens_per_s": round(batch / median * 1e3, 1),
         "startup_s": round(engine.ready["startup_s"], 1),
     }

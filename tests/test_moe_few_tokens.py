@@ -140,9 +140,7 @@ print(json.dumps([same, small, seen]))
 
 @functools.cache
 def child(capability: tuple[int, int], body: str):
-    return answer(
-        CODE.format(capability=capability, body=body), VLLM_B200_STRICT="1", VLLM_B200_ENABLE="moe_few_tokens"
-    )
+    return answer(CODE.format(capability=capability, body=body), VLLM_B200_STRICT="1")
 
 
 @pytest.mark.parametrize("capability", [(9, 0), (10, 0)])

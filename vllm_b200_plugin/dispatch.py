@@ -28,11 +28,11 @@ SWAP_AB_BELOW = 8
 # Where vLLM passes from FlashInfer's kernel, which scales activations in plain fp32, to DeepGEMM's scale format. The
 # numbers of a layer stay vLLM's, so this stays its threshold.
 PLAIN_SCALES_BELOW = 32
-# On an H200 against vLLM 0.32's Triton experts, all of the layer after the router (moe_few_tokens_sweep.csv and
-# fused_experts.jsonl in benchmarks/results/h200, two runs): 128 experts of 2048x768, 8 a token, 18 us against 29 with
-# one token, 33 against 38 with two; from four on the runs are too near each other to choose by. Larger experts were not
-# compared.
-FEW_TOKENS_MOE = 2
+# On an H200 in one run with vLLM 0.32's Triton experts, all of the layer after the router
+# (benchmarks/results/h200/fused_experts.jsonl): 128 experts of 2048x768, 8 a token, 19 us against 28 with one token, 32
+# against 37 with two, 47 against 51 with four, 82 against 86 with eight, 126 against 119 with 16. 256 experts of
+# 7168x2048: 98 us against 103 with one token, the same with four, slower with 16.
+FEW_TOKENS_MOE = 8
 LARGE_EXPERT_BYTES = 8 << 20
 MIN_TOPK = 4  # fewer leave warps without work
 

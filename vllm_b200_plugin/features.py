@@ -101,7 +101,6 @@ FEATURES: tuple[Feature, ...] = (
         needs="the CUDA library, compute capability 9.0, 10.0, 10.3 or 12.0; a bf16 gate without bias",
         module="vllm_b200_plugin.integration.router_gate",
         after="vllm.model_executor.layers.fused_moe.router.fused_topk_router",
-        trial=True,
     ),
     Feature(
         name="moe_few_tokens",
@@ -110,7 +109,6 @@ FEATURES: tuple[Feature, ...] = (
         needs="the CUDA library, compute capability 9.0, 10.0, 10.3 or 12.0",
         module="vllm_b200_plugin.integration.moe_few_tokens",
         after="vllm.model_executor.layers.fused_moe.oracle.fp8",
-        trial=True,
     ),
     Feature(
         name="fp8_linear",
@@ -119,7 +117,6 @@ FEATURES: tuple[Feature, ...] = (
         needs="the CUDA library, compute capability 9.0, 10.0, 10.3 or 12.0",
         module="vllm_b200_plugin.integration.linear_fp8_scaled",
         after="vllm.model_executor.kernels.linear",
-        trial=True,
     ),
     Feature(
         name="bf16_linear",
@@ -127,7 +124,6 @@ FEATURES: tuple[Feature, ...] = (
         needs="the CUDA library, compute capability 9.0, 10.0, 10.3 or 12.0",
         module="vllm_b200_plugin.integration.linear_bf16",
         after="vllm.model_executor.layers.utils",
-        trial=True,
     ),
     Feature(
         name="cpu_fp8_moe",

@@ -280,7 +280,21 @@ UNQUANTIZED_LINEAR = Private(
     "vllm.model_executor.layers.linear",
     "UnquantizedLinearMethod",
     "how a linear layer without quantisation multiplies",
-    "to leave quantised gates alone",
+    "to leave quantised gates alone, and to tell the layers of UNQUANTIZED_GEMM",
+    "-",
+)
+UNQUANTIZED_EMBEDDING = Private(
+    "vllm.model_executor.layers.vocab_parallel_embedding",
+    "UnquantizedEmbeddingMethod",
+    "how an lm_head without quantisation multiplies",
+    "to tell the layers of UNQUANTIZED_GEMM",
+    "-",
+)
+LM_HEAD = Private(
+    "vllm.model_executor.layers.vocab_parallel_embedding",
+    "ParallelLMHead",
+    "the output layer",
+    "to tell it from the embedding, which multiplies nothing",
     "-",
 )
 FUSED_TOPK_ROUTER = Private(

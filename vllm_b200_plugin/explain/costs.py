@@ -3,10 +3,11 @@
 from dataclasses import dataclass
 from typing import Any
 
+from vllm_b200_plugin.dispatch import FEW_TOKENS, SMALL_M
 from vllm_b200_plugin.explain.gpus import Gpu
 
 # Kernels of experts that take a layer apart: align (2), quantise, GEMM, activation, quantise, GEMM, sum.
-_EXPERT_LAUNCHES = {"TritonExperts": (6, 8)}  # (without quantisation, with it)
+_EXPERT_LAUNCHES = {"TritonExperts": (6, 8), FEW_TOKENS: (2, 2)}  # (without quantisation, with it)
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def _launches(row: dict[str, Any], num_tokens: int) -> int | None:
         return known[quantises] if known else None
     if row["kind"] == "attention":
         return 1 + (row["quantiser"] != "in the attention kernel")
-    return 1 + quantises
+    return 1 + (quantises and _nearest(row["choices"], num_tokens)["kernel"] != SMALL_M)
 
 
 def _nearest(choices: dict[str, Any], num_tokens: int) -> Any:

@@ -107,14 +107,18 @@ def machine() -> Machine:
     )
 
 
+def small_m_choice(num_tokens: int, n: int, k: int) -> dispatch.SmallMChoice:
+    """Whether our GEMM for few tokens takes a layer with a weight [n, k]."""
+    here = machine()
+    return dispatch.small_m_gemm("fp8_block", num_tokens, n, k, here.capability, batch_invariant=here.batch_invariant)
+
+
 def _small_m(
     x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, out_dtype: torch.dtype, engine: str
 ) -> torch.Tensor | None:
     """Our GEMM for few tokens, with the activation's scales as `engine` has them; None where it is not the fastest."""
     here, num_tokens = machine(), x.shape[0]
-    choice = dispatch.small_m_gemm(
-        "fp8_block", num_tokens, *weight.shape, here.capability, batch_invariant=here.batch_invariant
-    )
+    choice = small_m_choice(num_tokens, *weight.shape)
     if choice.kernel != dispatch.SMALL_M:
         return None
     plain = engine == Engine.FLASHINFER_DEEP_GEMM and num_tokens < dispatch.PLAIN_SCALES_BELOW

@@ -17,6 +17,19 @@ from vllm_b200_plugin.ops._library import torch_library
 _KIND = "bf16"
 
 
+def choice(layer: Any, num_tokens: int) -> dispatch.Choice | None:
+    """What a layer runs for so many tokens where we send it through our op; None for all others."""
+    methods = vllm_compat.UNQUANTIZED_LINEAR.get(), vllm_compat.UNQUANTIZED_EMBEDDING.get()
+    multiplies = hasattr(layer, "output_size") or isinstance(layer, vllm_compat.LM_HEAD.get())
+    if not isinstance(getattr(layer, "quant_method", None), methods) or not multiplies:
+        return None
+    shape: tuple[int, int] = tuple(layer.weight.shape)
+    if layer.weight.dtype != torch.bfloat16 or not dispatch.small_m_limit(_KIND, *shape, library.capability()):
+        return None
+    few = dispatch.small_m_gemm(_KIND, num_tokens, *shape, library.capability())
+    return dispatch.Choice(few.kernel if few.kernel == dispatch.SMALL_M else "F.linear", few.reason)
+
+
 def apply() -> None:
     """Put our function in the place of vLLM's, once. Raises FeatureUnavailable where there is nothing to run it."""
     platform = vllm_compat.CURRENT_PLATFORM.get()

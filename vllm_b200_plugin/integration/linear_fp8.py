@@ -12,7 +12,7 @@ import torch
 from vllm_b200_plugin import dispatch, vllm_compat
 from vllm_b200_plugin.features import NotForThisPlatform
 from vllm_b200_plugin.integration import library, report
-from vllm_b200_plugin.integration.fp8_block_op import Engine, fp8_block_linear, machine
+from vllm_b200_plugin.integration.fp8_block_op import Engine, fp8_block_linear, machine, small_m_choice
 from vllm_b200_plugin.ops.quant import GROUP_SIZES
 
 _LAYER_KIND = "FP8 block linear"
@@ -61,7 +61,14 @@ class _OneOp:
         return out.view(*x.shape[:-1], params.weight.shape[0])
 
     def choice(self, num_tokens: int) -> dispatch.Choice:
-        """The GEMM that the op runs for so many tokens."""
+        """What the op runs for so many tokens of bfloat16."""
+        few = small_m_choice(num_tokens, *self.config.weight_shape) if self.engine != Engine.REFERENCE else None
+        if few is None or few.kernel != dispatch.SMALL_M:
+            return self.gemm_choice(num_tokens)
+        return dispatch.Choice(f"{self.quantiser} + {few.kernel}" if few.quantise_first else few.kernel, few.reason)
+
+    def gemm_choice(self, num_tokens: int) -> dispatch.Choice:
+        """The GEMM where ours for few tokens does not take them."""
         return dispatch.Choice(self.kernel, _reason(self.kernel, self.config))
 
 
@@ -120,7 +127,7 @@ class B200FlashInferDeepGemmFp8BlockKernel(B200DeepGemmFp8BlockKernel):
             return False, "VLLM_BATCH_INVARIANT rules out a choice by the number of tokens"
         return super().can_implement(config)
 
-    def choice(self, num_tokens: int) -> dispatch.Choice:
+    def gemm_choice(self, num_tokens: int) -> dispatch.Choice:
         here = machine()
         return dispatch.fp8_block_gemm(
             num_tokens, here.capability, flashinfer=True, batch_invariant=here.batch_invariant

@@ -87,6 +87,15 @@ def _implementation(
     return gemm(x, weight.t(), out_dtype=out_dtype, scale_a=x_scale, scale_b=weight_scale, bias=bias)
 
 
+def choice(layer: torch.nn.Module, num_tokens: int) -> dispatch.Choice | None:
+    """What a layer of ours runs for so many tokens."""
+    kernel = report.linear_kernel(layer)
+    if not isinstance(kernel, B200CutlassFp8Kernel):
+        return None
+    few = dispatch.small_m_gemm(_KIND, num_tokens, *kernel.config.weight_shape, library.capability())
+    return dispatch.Choice(few.kernel if few.kernel == dispatch.SMALL_M else _Cutlass.__name__, few.reason)
+
+
 def apply() -> None:
     """Put our class into vLLM's list, once. Raises FeatureUnavailable where there is nothing to run it."""
     platform = vllm_compat.CURRENT_PLATFORM.get()

@@ -13,7 +13,7 @@ import torch
 
 from vllm_b200_plugin import dispatch, vllm_compat
 from vllm_b200_plugin.features import NotForThisPlatform
-from vllm_b200_plugin.integration import library, report
+from vllm_b200_plugin.integration import library, report, vllm_branches
 from vllm_b200_plugin.ops.moe import BLOCK_SHAPE, few_tokens_moe, few_tokens_refusal
 
 _LAYER_KIND = "FP8 block experts"
@@ -162,26 +162,15 @@ def _sizes(moe_config: Any) -> tuple[int, int, int, int]:
 def refusal(moe_config: Any, quant_config: Any) -> str | None:
     """Why our kernels cannot do a layer, or None where they can."""
     topk, num_experts, hidden_size, intermediate_size = _sizes(moe_config)
-    parallel = moe_config.moe_parallel_config
-    activation = getattr(moe_config.activation, "value", moe_config.activation)
-    limits = (quant_config.gemm1_clamp_limit, moe_config.swiglu_limit)
     scales = (quant_config.w1_scale, quant_config.w2_scale)
-    if vllm_compat.ENVS.get().VLLM_BATCH_INVARIANT:
-        return "VLLM_BATCH_INVARIANT rules out a choice by the number of tokens"
-    if _NAME in vllm_compat.ENVS.get().VLLM_DISABLED_KERNELS:
-        return f"VLLM_DISABLED_KERNELS names {_NAME}"
-    if list(quant_config.block_shape or ()) != list(BLOCK_SHAPE) or not quant_config.use_fp8_w8a8:
-        return f"ours need FP8 weights in blocks of 128x128, got {quant_config.block_shape}"
-    if moe_config.in_dtype != torch.bfloat16:
-        return f"ours need bfloat16 activations, got {moe_config.in_dtype}"
-    if activation != "silu" or any(limit is not None for limit in limits):
-        return f"ours need silu without a limit, got {activation} with {limits}"
-    if moe_config.has_bias or quant_config.w1_bias is not None or quant_config.w2_bias is not None:
+    if reason := _config_refusal(moe_config, quant_config.block_shape):
+        return reason
+    if not quant_config.use_fp8_w8a8:
+        return "ours need FP8 activations"
+    if quant_config.gemm1_clamp_limit is not None:
+        return f"ours need silu without a limit, got {quant_config.gemm1_clamp_limit}"
+    if quant_config.w1_bias is not None or quant_config.w2_bias is not None:
         return "ours have no bias"
-    if moe_config.is_lora_enabled:
-        return "LoRA needs the products apart"
-    if parallel.use_all2all_kernels or parallel.dp_size > 1:
-        return "tokens are sent between ranks in vLLM's own quantisation"
     if any(scale is None or scale.dtype != torch.float32 or not scale.is_contiguous() for scale in scales):
         return "ours need float32 scales of the weights"
     expected = (
@@ -190,11 +179,48 @@ def refusal(moe_config: Any, quant_config: Any) -> str | None:
     )
     if tuple(tuple(scale.shape) for scale in scales) != expected:
         return f"ours need scales of the shapes {expected}, got {[tuple(scale.shape) for scale in scales]}"
-    choice = dispatch.few_tokens_moe(1, *_sizes(moe_config), vllm_compat.capability() or (0, 0))
-    if choice.kernel != dispatch.FEW_TOKENS:
-        return choice.reason
     limit = dispatch.few_tokens_limit(*_sizes(moe_config), vllm_compat.capability() or (0, 0))
     return few_tokens_refusal(limit * topk, num_experts, hidden_size, intermediate_size)
+
+
+def _config_refusal(moe_config: Any, block_shape: Any) -> str | None:
+    """The part of refusal() that is known before the weights are."""
+    parallel = moe_config.moe_parallel_config
+    activation = getattr(moe_config.activation, "value", moe_config.activation)
+    if vllm_compat.ENVS.get().VLLM_BATCH_INVARIANT:
+        return "VLLM_BATCH_INVARIANT rules out a choice by the number of tokens"
+    if _NAME in vllm_compat.ENVS.get().VLLM_DISABLED_KERNELS:
+        return f"VLLM_DISABLED_KERNELS names {_NAME}"
+    if list(block_shape or ()) != list(BLOCK_SHAPE):
+        return f"ours need FP8 weights in blocks of 128x128, got {block_shape}"
+    if moe_config.in_dtype != torch.bfloat16:
+        return f"ours need bfloat16 activations, got {moe_config.in_dtype}"
+    if activation != "silu" or moe_config.swiglu_limit is not None:
+        return f"ours need silu without a limit, got {activation} with {moe_config.swiglu_limit}"
+    if moe_config.has_bias:
+        return "ours have no bias"
+    if moe_config.is_lora_enabled:
+        return "LoRA needs the products apart"
+    if parallel.use_all2all_kernels or parallel.dp_size > 1:
+        return "tokens are sent between ranks in vLLM's own quantisation"
+    choice = dispatch.few_tokens_moe(1, *_sizes(moe_config), vllm_compat.capability() or (0, 0))
+    return None if choice.kernel == dispatch.FEW_TOKENS else choice.reason
+
+
+def choice(layer: Any, num_tokens: int) -> dispatch.Choice | None:
+    """What a layer of ours runs for so many tokens."""
+    method: Any = getattr(layer, "quant_method", None)
+    experts = getattr(method, "experts_cls", None)
+    if not (isinstance(experts, type) and issubclass(experts, B200FewTokensExperts)):
+        return None
+    reason = _config_refusal(method.moe, getattr(method, "weight_block_size", None))
+    if reason is None:
+        few = dispatch.few_tokens_moe(num_tokens, *_sizes(method.moe), vllm_compat.capability() or (0, 0))
+        if few.kernel == dispatch.FEW_TOKENS:
+            return few
+        reason = few.reason
+    theirs = experts.theirs.__name__
+    return vllm_branches.choice(layer, theirs, num_tokens) or dispatch.Choice(theirs, f"vLLM's choice: {reason}")
 
 
 @functools.cache

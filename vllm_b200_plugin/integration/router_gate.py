@@ -53,6 +53,7 @@ class B200GateLinear(_Base):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._consumer: Consumer | None = None
+        self._asked = False
         problem = _refusal(self)
         self._candidate = problem is None
         # A LoRA of the gate changes the logits in place, and what was selected by them would not follow.
@@ -75,7 +76,7 @@ class B200GateLinear(_Base):
         else:
             result = super().forward(x)
             logits = result[0] if isinstance(result, tuple) else result
-        if self._may_carry:
+        if self._may_carry and not self._asked:
             setattr(logits, _GATE, self)
         return result
 
@@ -91,7 +92,8 @@ class B200GateLinear(_Base):
         return bool(fused) or dispatch.gate(num_tokens, num_experts, hidden_size, low_latency).kernel == dispatch.GATE
 
     def wanted_by(self, consumer: Consumer) -> None:
-        """From now on the router's selection is made along with the logits."""
+        """From now on the router's selection is made along with the logits, where ours can."""
+        self._asked = True
         num_experts, hidden_size = self.weight.shape
         problem = consumer.selection.refusal(num_experts)
         self._consumer = consumer if problem is None else None
@@ -182,6 +184,21 @@ def _carry(compute_routing: Any) -> Any:
 
     carried.b200_original = compute_routing  # type: ignore[attr-defined]
     return carried
+
+
+def choice(layer: torch.nn.Module, num_tokens: int) -> dispatch.Choice | None:
+    """What a gate of ours runs for so many tokens; None where that is vLLM's."""
+    if not isinstance(layer, B200GateLinear) or not layer._candidate:
+        return None
+    out_dtype = layer.out_dtype or torch.bfloat16
+    if router_ops.refusal(num_tokens, layer.weight, out_dtype) is not None:
+        return None
+    fused = dispatch.fused_router(num_tokens, *layer.weight.shape)
+    if layer._may_carry and fused.kernel == dispatch.ROUTER:
+        return dispatch.Choice(fused.kernel, "with the selection where vLLM's runner lets it, else the gate alone")
+    if not layer._is_faster(num_tokens, out_dtype):
+        return None
+    return dispatch.gate(num_tokens, *layer.weight.shape)
 
 
 def apply() -> None:
