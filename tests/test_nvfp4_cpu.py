@@ -110,9 +110,11 @@ def test_linear_is_one_op_for_torch_compile(linear):
     assert [name for name in calls if "nvfp4" in name or "mm" in name] == ["vllm_b200.cpu_nvfp4_linear"]
 
 
-@pytest.mark.parametrize("on_input", [False, True])
-@pytest.mark.parametrize("mapped", [False, True])
-def test_experts_are_the_emulation(oracle, mapped, on_input):
+@pytest.mark.parametrize(
+    "mapped, on_input, use_a16",
+    [(False, False, False), (True, False, False), (False, True, False), (False, False, True)],
+)
+def test_experts_are_the_emulation(oracle, mapped, on_input, use_a16):
     """Against each token's experts in turn, on what the emulation's functions make of weights and activations."""
     from vllm.model_executor.layers.fused_moe.activation import MoEActivation
     from vllm.model_executor.layers.quantization.utils.nvfp4_emulation_utils import ref_nvfp4_quant_dequant
@@ -121,8 +123,9 @@ def test_experts_are_the_emulation(oracle, mapped, on_input):
     torch.manual_seed(3)
     settings = moe_config()
     with config():
-        backend, experts_class = oracle.select_nvfp4_moe_backend(settings, kNvfp4Static, kNvfp4Dynamic)
-    assert (backend.value, experts_class.__name__) == ("EMULATION", "B200CpuNvFp4Experts")
+        activation_key = None if use_a16 else kNvfp4Dynamic
+        backend, experts_class = oracle.select_nvfp4_moe_backend(settings, kNvfp4Static, activation_key)
+    assert (backend.value, experts_class.__name__) == ("EMULATION", f"B200CpuNvFp4{'A16' if use_a16 else ''}Experts")
     (w13, w13_scale, first), (w2, w2_scale, second) = quantised(4, 256, 256), quantised(4, 256, 128)
     alphas = [scale * torch.tensor([1.0, 0.5, 2.0, 1.5]) for scale in (first, second)]
     inputs = torch.tensor(2688 / 5.0), torch.tensor(2688 / 3.0)
@@ -137,9 +140,12 @@ def test_experts_are_the_emulation(oracle, mapped, on_input):
         torch.empty(0), torch.empty(0), None, on_input,
     )  # fmt: skip
 
+    def rounded(row: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+        return (row if use_a16 else ref_nvfp4_quant_dequant(row, factor, 16)).double()
+
     expected = torch.zeros(3, 256, dtype=torch.float64)
     for token in range(3):
-        row = ref_nvfp4_quant_dequant(x[token : token + 1], inputs[0], 16).double()
+        row = rounded(x[token : token + 1], inputs[0])
         for slot in range(2):
             expert = int(topk_ids[token, slot] if expert_map is None else expert_map[topk_ids[token, slot]])
             if expert < 0:
@@ -150,6 +156,6 @@ def test_experts_are_the_emulation(oracle, mapped, on_input):
             )
             gate, value = (row @ up.t()).to(BF16).double().chunk(2, -1)
             inner = (torch.nn.functional.silu(gate) * value).to(BF16)
-            part = ref_nvfp4_quant_dequant(inner, inputs[1], 16).double() @ down.t()
+            part = rounded(inner, inputs[1]) @ down.t()
             expected[token] += part[0] * (1 if on_input else topk_weights[token, slot])
     assert error(output, expected) < 1e-4, "e2m1 may fall the other way where a sum is rounded to bf16"

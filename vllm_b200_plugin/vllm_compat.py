@@ -246,6 +246,13 @@ NVFP4_MOE_BACKENDS = Private(
 NVFP4_MOE_EXPERTS = Private(
     _NVFP4_MOE_ORACLE, "backend_to_kernel_cls", "function: backend -> experts classes", "to name our class", _OOT_MOE
 )
+NVFP4_DYNAMIC = Private(
+    "vllm.model_executor.layers.quantization.utils.quant_utils",
+    "kNvfp4Dynamic",
+    "key of an activation in NVFP4",
+    "experts that take NVFP4 weights with such an activation take them without, too, on CPU",
+    _CPU_EMULATION,
+)
 NVFP4_EMULATION_EXPERTS = Private(
     "vllm.model_executor.layers.fused_moe.experts.nvfp4_emulation_moe",
     "Nvfp4QuantizationEmulationTritonExperts",

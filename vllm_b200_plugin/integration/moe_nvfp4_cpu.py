@@ -23,6 +23,10 @@ class B200CpuNvFp4Experts(_Base):
     def _supports_current_device() -> bool:
         return vllm_compat.CURRENT_PLATFORM.get().is_cpu()
 
+    def _quantise(self, x: torch.Tensor, global_scale: torch.Tensor) -> torch.Tensor:
+        """What NVFP4 leaves of x."""
+        return vllm_compat.NVFP4_QUANT_DEQUANT.get()(x, global_scale, GROUP_SIZE)
+
     def apply(
         self,
         output: torch.Tensor,
@@ -44,9 +48,8 @@ class B200CpuNvFp4Experts(_Base):
         """Write the layer's result, [num_tokens, hidden_size], to `output`."""
         if expert_map is not None:
             topk_ids = torch.where(topk_ids < 0, topk_ids, expert_map[topk_ids.clamp(min=0)].to(topk_ids.dtype))
-        quant = self.quant_config
-        quantise, dequantise = vllm_compat.NVFP4_QUANT_DEQUANT.get(), vllm_compat.NVFP4_DEQUANTISE.get()
-        x = quantise(hidden_states, quant.a1_gscale, GROUP_SIZE)
+        quant, dequantise = self.quant_config, vllm_compat.NVFP4_DEQUANTISE.get()
+        x = self._quantise(hidden_states, quant.a1_gscale)
         parts = torch.zeros(*topk_ids.shape, hidden_states.shape[1], dtype=x.dtype)
         for expert in topk_ids[topk_ids >= 0].unique().tolist():
             rows, slots = torch.where(topk_ids == expert)
@@ -55,7 +58,7 @@ class B200CpuNvFp4Experts(_Base):
             gated = x[rows] @ up.t()
             inner = gated.new_empty(len(rows), self.adjust_N_for_activation(gated.shape[1], activation))
             self.activation(activation, inner, gated)
-            inner = quantise(inner, quant.a2_gscale, GROUP_SIZE)
+            inner = self._quantise(inner, quant.a2_gscale)
             down = dequantise(w2[expert], self.w2_scale_val[expert], scales[1], x.dtype, GROUP_SIZE, swizzle=False)
             part = inner.float() @ down.float().t()
             if not apply_router_weight_on_input:
@@ -64,8 +67,19 @@ class B200CpuNvFp4Experts(_Base):
         output.copy_(parts.float().sum(1))
 
 
+class B200CpuNvFp4A16Experts(B200CpuNvFp4Experts):
+    """The same for W4A16 checkpoints, whose activation stays as it comes."""
+
+    @staticmethod
+    def _supports_quant_scheme(weight_key: Any, activation_key: Any) -> bool:
+        return activation_key is None and _Base._supports_quant_scheme(weight_key, vllm_compat.NVFP4_DYNAMIC.get())
+
+    def _quantise(self, x: torch.Tensor, global_scale: torch.Tensor) -> torch.Tensor:
+        return x
+
+
 def apply() -> None:
-    """Make our class that of the emulation's backend, once. Raises NotForThisPlatform where there is a GPU."""
+    """Make ours those of the emulation's backend, once. Raises NotForThisPlatform where there is a GPU."""
     if not vllm_compat.CURRENT_PLATFORM.get().is_cpu():
         raise NotForThisPlatform("for CPU")
     emulation = vllm_compat.NVFP4_MOE_BACKENDS.get().EMULATION
@@ -74,7 +88,7 @@ def apply() -> None:
         return
 
     def classes(backend: Any) -> list[type]:
-        return [B200CpuNvFp4Experts] if backend == emulation else experts(backend)
+        return [B200CpuNvFp4Experts, B200CpuNvFp4A16Experts] if backend == emulation else experts(backend)
 
     classes._vllm_b200 = True  # type: ignore[attr-defined]
     vllm_compat.NVFP4_MOE_EXPERTS.replace(classes)
