@@ -73,7 +73,7 @@ def test_cuda_is_the_reference(case, swizzled):
 @pytest.mark.gpu
 @pytest.mark.parametrize("num_tokens", [1, 7, 16, 29])
 def test_every_cut_gives_the_result_and_the_same_bits_again(num_tokens):
-    tensors = operands(GemmCase(num_tokens, 200, 3008), "cuda")
+    tensors = operands(GemmCase(num_tokens, 200, 960), "cuda")
     expected = in_float64(tensors)
     for config, pdl in itertools.product(CONFIGS, (False, True)):
         out = nvfp4_linear(**tensors, out_dtype=FP32, config=config, pdl=pdl)
@@ -84,7 +84,7 @@ def test_every_cut_gives_the_result_and_the_same_bits_again(num_tokens):
 @pytest.mark.gpu
 @pytest.mark.parametrize("k", [512, 960])
 def test_every_number_of_rows_and_tokens(k):
-    for n, num_tokens in [(n, 1 + n % 32) for n in range(1, 301)] + [(177, m) for m in range(1, 33)]:
+    for n, num_tokens in [(n, 1 + n % 32) for n in range(1, 301, 3)] + [(177, m) for m in range(1, 33)]:
         tensors = operands(GemmCase(num_tokens, n, k), "cuda", swizzled=bool(n % 2))
         assert_close(nvfp4_linear(**tensors, out_dtype=FP32), in_float64(tensors))
 

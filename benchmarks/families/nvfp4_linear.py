@@ -75,7 +75,7 @@ def _vllm(name: str, case: GemmCase, seed: int) -> Run:
     for key, tensor in tensors.items():
         layer.register_parameter(key, torch.nn.Parameter(tensor, requires_grad=False))
     layer.input_size_per_partition, layer.output_size_per_partition = case.k, case.n
-    layer.output_partition_sizes, layer.params_dtype = [case.n], torch.bfloat16
+    layer.output_partition_sizes, layer.params_dtype, layer.has_bias = [case.n], torch.bfloat16, False
     config = peer("vllm.config", "VllmConfig")()
     with peer("vllm.config", "set_current_vllm_config")(config):
         kernel = kernel_class(peer(f"{KERNELS}.nvfp4", "NvFp4LinearLayerConfig")())

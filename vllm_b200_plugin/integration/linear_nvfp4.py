@@ -2,6 +2,8 @@
 
 On Hopper vLLM runs W4A16 for every NVFP4 layer. Marlin wants the weight in a layout of its own, ours takes it as the
 checkpoint has it; a layer that ours wins for some number of tokens keeps both, 0.56 bytes more for each of its weights.
+Where humming-kernels is installed, vLLM prefers those to Marlin there. They were not timed beside ours, which stays
+behind them: VLLM_DISABLED_KERNELS=HummingNvFp4LinearKernel makes room.
 """
 
 from typing import Any
