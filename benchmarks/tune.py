@@ -17,17 +17,17 @@ from typing import Any
 import torch
 
 from benchmarks import families
-from benchmarks.cases.gemm import BF16_SHAPES, FP8_BLOCK_SHAPES, FP8_TENSOR_SHAPES, GemmCase
+from benchmarks.cases.gemm import BF16_SHAPES, FP8_BLOCK_SHAPES, FP8_TENSOR_SHAPES, NVFP4_SHAPES, GemmCase
 from benchmarks.ceilings import measure_ceilings
 from benchmarks.compare import read_record
 from benchmarks.environment import environment
-from benchmarks.families import Missing, Run, bf16_gemm, fp8_block_linear, fp8_tensor_gemm
+from benchmarks.families import Missing, Run, bf16_gemm, fp8_block_linear, fp8_tensor_gemm, nvfp4_linear
 from benchmarks.families._common import Returned
 from benchmarks.kernels import show
 from benchmarks.runner import run_case
 from benchmarks.timing import num_sets, record_calls
 from vllm_b200_plugin import small_m_table
-from vllm_b200_plugin.ops import small_m_gemm
+from vllm_b200_plugin.ops import nvfp4_gemm, small_m_gemm
 from vllm_b200_plugin.ops.quant import ScaleLayout, per_token_group_quant
 from vllm_b200_plugin.ops.small_m_gemm import Config
 
@@ -36,10 +36,11 @@ MAX_WEIGHT_BYTES = 36 << 20  # beyond, the libraries read the weight at the spee
 CLEARLY = 0.9  # of the best peer's time; what lies between is noise or another GPU's luck
 TABLE = Path(__file__).parents[1] / "vllm_b200_plugin" / "small_m_table.py"
 # kind -> family of its peers, shapes, bytes of an element
-KINDS: dict[str, tuple[ModuleType, tuple[tuple[int, int], ...], int]] = {
+KINDS: dict[str, tuple[ModuleType, tuple[tuple[int, int], ...], float]] = {
     "fp8_block": (fp8_block_linear, FP8_BLOCK_SHAPES, 1),
     "bf16": (bf16_gemm, BF16_SHAPES, 2),
     "fp8": (fp8_tensor_gemm, FP8_TENSOR_SHAPES, 1),
+    "nvfp4": (nvfp4_linear, NVFP4_SHAPES, 0.5),
 }
 
 
@@ -83,6 +84,10 @@ def ours(kind: str, config: Config, quantise_first: bool) -> Callable[[GemmCase,
             def call() -> torch.Tensor:
                 x, weight, x_scale, scale = tensors
                 return small_m_gemm.scaled_linear(x, x_scale, weight, scale, config=config, pdl=True)
+        elif kind == "nvfp4":
+
+            def call() -> torch.Tensor:
+                return nvfp4_gemm.nvfp4_linear(*tensors, config=config, pdl=True)
         else:
 
             def call() -> torch.Tensor:
@@ -123,14 +128,14 @@ def _measure_case(
     kind: str,
     family: ModuleType,
     case: GemmCase,
-    size: int,
+    size: float,
     names: set[str],
     most_cuts: int,
     ceiling_gbs: float,
 ) -> Iterator[dict[str, Any]]:
     peers = {name: make for name, make in family.IMPLEMENTATIONS.items() if not name.startswith("ours")}
     peers = {name: make for name, make in peers.items() if not names or name in names}
-    cuts = list(likely_cuts(case.n, case.k * size, case.num_tokens))
+    cuts = list(likely_cuts(case.n, int(case.k * size), case.num_tokens))
     ways = [False] if kind != "fp8_block" else [True] if case.num_tokens > 8 else [False, True]
     variants = {_name(cut, way): ours(kind, cut, way) for way in ways for cut in cuts}
     one = SimpleNamespace(OP=family.OP, record=family.record, check=family.check)

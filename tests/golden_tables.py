@@ -27,6 +27,7 @@ MODELS = {
     "qwen3-30b-a3b-bf16": 1,
     "qwen3-30b-a3b-fp8": 1,
     "qwen3-30b-a3b-nvfp4": 1,
+    "qwen3-30b-a3b-ct-nvfp4": 1,
     "deepseek-v3-fp8": 1,
     "deepseek-v3.2-nvfp4": 1,
     "kimi-k2-fp8": 1,

@@ -22,7 +22,7 @@ from benchmarks.families import Missing, Run, _common
 from benchmarks.kernels import FAMILIES
 from vllm_b200_plugin.ops.gemm import fp8_block_scaled_mm
 from vllm_b200_plugin.ops.moe import fp8_block_scaled_moe
-from vllm_b200_plugin.ops.nvfp4_quant import nvfp4_quant
+from vllm_b200_plugin.ops.nvfp4_quant import nvfp4_dequant, nvfp4_quant
 from vllm_b200_plugin.ops.quant import ScaleLayout, per_token_group_quant
 from vllm_b200_plugin.ops.token_quant import per_token_quant
 from vllm_b200_plugin.ops.topk import select_experts
@@ -47,6 +47,7 @@ SMALL: dict[str, list[Any]] = {
     "fp8_tensor_gemm": [GEMM],
     "fp8_block_gemm": [GEMM],
     "fp8_block_linear": [GEMM],
+    "nvfp4_linear": [GEMM],
     "moe_align": [MoeAlignCase(3, 64, 16), MoeAlignCase(40, 16, 64)],
     "topk": [TopKCase(9, 128), TopKCase(9, 256, 8, 4)],
     "router": [RouterCase(3, 64, 128), RouterCase(3, 64, 128, 8, 4)],
@@ -316,6 +317,11 @@ def _naive_fp8_block_gemm(family: ModuleType, case: GemmCase) -> tuple[torch.Ten
 def _naive_fp8_block_linear(family: ModuleType, case: GemmCase) -> tuple[torch.Tensor, ...]:
     x, weight, scale = family._operands(case, 0)
     return (fp8_block_scaled_mm(*per_token_group_quant(x, ue8m0=True), weight, scale),)
+
+
+def _naive_nvfp4_linear(family: ModuleType, case: GemmCase) -> tuple[torch.Tensor, ...]:
+    x, weight, scale, global_scale = family._operands(case, 0)
+    return ((x.float() @ nvfp4_dequant(weight, scale, 1 / global_scale).t()).bfloat16(),)
 
 
 def _naive_moe_align(family: ModuleType, case: MoeAlignCase) -> tuple[torch.Tensor, ...]:

@@ -20,8 +20,6 @@ POINTS = 0.02
 QUANTISING = {"int8": 1e-3, "fp8": 1e-3, "nvfp4": 1e-2}
 # What vLLM says where neither it nor the plugin has a kernel for a CPU.
 NO_KERNEL = {
-    "ct_nvfp4": "NVFP4|NvFp4",
-    "modelopt_nvfp4": "NVFP4|NvFp4",
     "fp8_tensor": "static_scaled_fp8_quant",
     **({} if cpu_has_amx() else {"ct_int8": "MoE|experts"}),
 }

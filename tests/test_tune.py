@@ -44,7 +44,7 @@ def test_a_record_without_peers_makes_no_table():
 def test_every_shape_has_cuts_that_the_kernel_takes(kind, num_tokens):
     _, shapes, size = tune.KINDS[kind]
     for n, k in (shape for shape in shapes if shape[0] * shape[1] * size <= tune.MAX_WEIGHT_BYTES):
-        cuts = list(tune.likely_cuts(n, k * size, num_tokens))
+        cuts = list(tune.likely_cuts(n, int(k * size), num_tokens))
         assert 1 <= len(cuts) <= 20
         assert len(set(cuts)) == len(cuts)
         for cut in cuts:

@@ -223,7 +223,7 @@ def small_m_gemm(
     """Our kernel for few tokens, where it was measured to be faster than what vLLM has, or vLLM's.
 
     Args:
-        kind: fp8_block, fp8 (a scale per tensor, or per channel and token), int8 or bf16.
+        kind: fp8_block, fp8 (a scale per tensor, or per channel and token), int8, bf16 or nvfp4 (bf16 activation).
         num_tokens: rows of the activation.
         n, k: shape of the weight on this rank.
         capability: compute capability, for example (9, 0).
@@ -233,7 +233,7 @@ def small_m_gemm(
         return SmallMChoice(VLLM, "batch invariance rules out a choice by the number of tokens")
     if not (measured := TABLE.get((capability, kind))):
         return SmallMChoice(VLLM, f"{kind} was not measured on compute capability {capability[0]}.{capability[1]}")
-    multiple = {"fp8_block": GROUP_SIZE, "bf16": 8}.get(kind, 16)
+    multiple = {"fp8_block": GROUP_SIZE, "bf16": 8, "nvfp4": 64}.get(kind, 16)
     if k % multiple:
         return SmallMChoice(VLLM, f"{SMALL_M} needs K % {multiple} == 0, got K={k}")
     distance, shape = min((abs(math.log(n / N)) + abs(math.log(k / K)), (N, K)) for N, K in measured)
@@ -246,6 +246,11 @@ def small_m_gemm(
                 break
             return SmallMChoice(SMALL_M, f"{num_tokens} tokens, faster {where}", config, quantise_first)
     return SmallMChoice(VLLM, f"{num_tokens} tokens, no faster {where}")
+
+
+def small_m_measured(kind: str, capability: tuple[int, int]) -> bool:
+    """Whether small_m_gemm takes any shape of this kind on this GPU."""
+    return any(TABLE.get((capability, kind), {}).values())
 
 
 def small_m_limit(kind: str, n: int, k: int, capability: tuple[int, int]) -> int:

@@ -151,6 +151,36 @@ FEATURES: tuple[Feature, ...] = (
         after="vllm.model_executor.layers.fused_moe.oracle.fp8",
     ),
     Feature(
+        name="nvfp4_linear",
+        changes="NVFP4 linear layers with a bf16 activation, beside Marlin: our GEMM for few tokens where it is faster",
+        needs="the CUDA library, compute capability 9.0, 10.0, 10.3 or 12.0; memory for a second copy of these weights",
+        module="vllm_b200_plugin.integration.linear_nvfp4",
+        after="vllm.model_executor.kernels.linear",
+        trial=True,
+    ),
+    Feature(
+        name="nvfp4_shard_scales",
+        changes="NVFP4 layers that vLLM fuses from parts with global scales of their own (q, k and v; gate and up): "
+        "each part with its scale, where vLLM takes one for all",
+        needs="nothing",
+        module="vllm_b200_plugin.integration.nvfp4_shards",
+        after="vllm.model_executor.model_loader.base_loader",
+    ),
+    Feature(
+        name="cpu_nvfp4_linear",
+        changes="NVFP4 linear layers on CPU: vLLM's emulation, which it offers on GPUs alone",
+        needs="vLLM's CPU platform",
+        module="vllm_b200_plugin.integration.linear_nvfp4_cpu",
+        after="vllm.model_executor.kernels.linear",
+    ),
+    Feature(
+        name="cpu_nvfp4_moe",
+        changes="NVFP4 experts on CPU: the arithmetic of vLLM's emulation, which is in Triton",
+        needs="vLLM's CPU platform",
+        module="vllm_b200_plugin.integration.moe_nvfp4_cpu",
+        after="vllm.model_executor.layers.fused_moe.oracle.nvfp4",
+    ),
+    Feature(
         name="startup_report",
         changes="nothing that runs: once a model is loaded, the log has a line for each kind of layer with its kernel, "
         "and VLLM_B200_REPORT=FILE gets the same as JSON",

@@ -310,6 +310,23 @@ def _nvfp4(*ignore: str) -> dict[str, Any]:
     }
 
 
+def _ct_nvfp4(*ignore: str) -> dict[str, Any]:
+    """The same as compressed-tensors writes it."""
+    values = {"num_bits": 4, "type": "float", "symmetric": True, "strategy": "tensor_group", "group_size": 16}
+    group = {
+        "targets": ["Linear"],
+        "weights": {**values, "dynamic": False},
+        "input_activations": {**values, "dynamic": "local"},
+    }
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "nvfp4-pack-quantized",
+        "quantization_status": "compressed",
+        "ignore": ["lm_head", *ignore],
+        "config_groups": {"group_0": group},
+    }
+
+
 def _fp8_block(config: dict[str, Any]) -> dict[str, Any]:
     """`config` in FP8 with blocks of 128x128, its routers and its lm_head in bf16."""
     moe = any("experts" in key for key in config)
@@ -321,6 +338,7 @@ MODEL_SHAPES: dict[str, dict[str, Any]] = {
     "qwen3-30b-a3b-bf16": QWEN3_30B_A3B,
     "qwen3-30b-a3b-fp8": _fp8_block(QWEN3_30B_A3B),
     "qwen3-30b-a3b-nvfp4": {**QWEN3_30B_A3B, "quantization_config": _nvfp4("model.layers.*.mlp.gate")},
+    "qwen3-30b-a3b-ct-nvfp4": {**QWEN3_30B_A3B, "quantization_config": _ct_nvfp4("re:.*mlp.gate$")},
     "qwen3-235b-a22b-fp8": _fp8_block(QWEN3_235B_A22B),
     "llama-3.1-8b-bf16": LLAMA_31_8B,
     "llama-3.1-8b-fp8-block": _fp8_block(LLAMA_31_8B),

@@ -199,6 +199,68 @@ CPU_FP8_EXPERTS = Private(
     "documented base classes",
 )
 
+_NVFP4_MOE_ORACLE = "vllm.model_executor.layers.fused_moe.oracle.nvfp4"
+_NVFP4_EMULATION = "vllm.model_executor.layers.quantization.utils.nvfp4_emulation_utils"
+_CPU_EMULATION = "an NVFP4 emulation that vLLM offers on CPUs too"
+NVFP4_KERNELS = Private(
+    _LINEAR,
+    "_POSSIBLE_NVFP4_KERNELS",
+    "dict of platform -> list of NVFP4 kernel classes, in order of preference",
+    "there is none for CPUs",
+    _CPU_EMULATION,
+)
+NVFP4_EMULATION_KERNEL = Private(
+    _LINEAR, "EmulationNvFp4LinearKernel", "vLLM's NVFP4 emulation", "base of ours on CPU", _CPU_EMULATION
+)
+NVFP4_MARLIN_KERNEL = Private(
+    _LINEAR,
+    "MarlinNvFp4LinearKernel",
+    "vLLM's W4A16 kernel class for GPUs, which it takes by this name wherever there is no better one",
+    "on CPU the name has to be that of a class that runs there",
+    "W4A16 kernels from the list of the platform",
+)
+NVFP4_MARLIN_GEMM = Private(
+    "vllm.model_executor.layers.quantization.utils.marlin_utils_fp4",
+    "apply_fp4_marlin_linear",
+    "function: Marlin on a layer's tensors",
+    "the GEMM of our op for more tokens",
+    _STABLE_GEMM,
+)
+NVFP4_QUANT_DEQUANT = Private(
+    _NVFP4_EMULATION,
+    "ref_nvfp4_quant_dequant",
+    "function: rounds an activation to NVFP4 values",
+    "arithmetic of our CPU layers",
+    _CPU_EMULATION,
+)
+NVFP4_DEQUANTISE = Private(
+    _NVFP4_EMULATION,
+    "dequantize_to_dtype",
+    "function: NVFP4 to 16 bits",
+    "arithmetic of our CPU layers",
+    _CPU_EMULATION,
+)
+NVFP4_MOE_BACKENDS = Private(
+    _NVFP4_MOE_ORACLE, "NvFp4MoeBackend", "enum of NVFP4 MoE backends", "a value for our experts", _OOT_MOE
+)
+NVFP4_MOE_EXPERTS = Private(
+    _NVFP4_MOE_ORACLE, "backend_to_kernel_cls", "function: backend -> experts classes", "to name our class", _OOT_MOE
+)
+NVFP4_DYNAMIC = Private(
+    "vllm.model_executor.layers.quantization.utils.quant_utils",
+    "kNvfp4Dynamic",
+    "key of an activation in NVFP4",
+    "experts that take NVFP4 weights with such an activation take them without, too, on CPU",
+    _CPU_EMULATION,
+)
+NVFP4_EMULATION_EXPERTS = Private(
+    "vllm.model_executor.layers.fused_moe.experts.nvfp4_emulation_moe",
+    "Nvfp4QuantizationEmulationTritonExperts",
+    "vLLM's emulated NVFP4 experts, in Triton",
+    "base of ours: formats, shapes and conditions",
+    _CPU_EMULATION,
+)
+
 _ROUTER = "vllm.model_executor.layers.fused_moe.router"
 _FUSED_ROUTER = "a router that gets the hidden states and the gate, instead of logits"
 CURRENT_CONFIG = Private(
@@ -269,6 +331,13 @@ VALID_DEEP_GEMM_EXPERTS = Private(
     "function: whether DeepGEMM's experts take these tokens and weights",
     "explain: a branch on the number of tokens that vLLM takes in every call",
     "-",
+)
+PROCESS_WEIGHTS = Private(
+    "vllm.model_executor.model_loader.base_loader",
+    "process_weights_after_loading",
+    "function: has every layer bring its loaded weights into the form that its kernel takes",
+    "global scales of the parts of a fused layer are there before it, and one for all of them afterwards",
+    "kernels that take a global scale for each part",
 )
 BASE_LOADER = Private(
     "vllm.model_executor.model_loader.base_loader",

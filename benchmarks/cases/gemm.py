@@ -96,6 +96,34 @@ def _cases(shapes: tuple[tuple[int, int], ...], num_tokens: tuple[int, ...]) -> 
         yield GemmCase(m, n, k)
 
 
+NVFP4_SHAPES = (
+    (5120, 2048),  # Qwen3-30B-A3B: qkv,
+    (2048, 4096),  # o
+    (2112, 7168),  # DeepSeek-V3: fused_qkv_a,
+    (3072, 1536),  # q_b, TP8,
+    (7168, 2048),  # o, TP8,
+    (4608, 7168),  # gate and up of the dense layers, TP8
+    (6144, 4096),  # Llama-3.1-8B: qkv,
+    (4096, 4096),  # o,
+    (28672, 4096),  # gate and up,
+    (4096, 14336),  # down
+    (10240, 8192),  # Llama-3.1-70B: qkv,
+    (8192, 8192),  # o,
+    (57344, 8192),  # gate and up,
+    (8192, 28672),  # down
+)
+NVFP4_NUM_TOKENS = (1, 2, 4, 8, 16, 32)
+
+
+def nvfp4_benchmarks() -> Iterator[GemmCase]:
+    return _cases(NVFP4_SHAPES, NVFP4_NUM_TOKENS)
+
+
+def nvfp4_tests() -> Iterator[GemmCase]:
+    for m, n, k in ((1, 128, 128), (3, 200, 384), (8, 576, 1024), (9, 1, 64), (17, 40, 704), (32, 144, 1280)):
+        yield GemmCase(m, n, k)
+
+
 @dataclass(frozen=True)
 class SmallMCase:
     """A case of ops/small_m_gemm.py. kind: fp8_block, fp8, int8, bf16 or fp16."""

@@ -14,6 +14,12 @@ __device__ __forceinline__ void copy_async_16(uint32_t destination, const void* 
                : "memory");
 }
 
+// The same for 4 bytes.
+__device__ __forceinline__ void copy_async_4(uint32_t destination, const void* source, bool valid) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(destination), "l"(source), "r"(valid ? 4 : 0)
+               : "memory");
+}
+
 // Until all of the calling thread's copies are there.
 __device__ __forceinline__ void copy_async_wait_all() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 

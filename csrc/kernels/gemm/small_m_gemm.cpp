@@ -20,6 +20,7 @@ cudaError_t small_m_gemm(const SmallMGemmParams& params, GemmFormat format, bool
     case GemmFormat::kInt8: return small_m_gemm_format<GemmFormat::kInt8, false>(params, config, stream);
     case GemmFormat::kBFloat16: return small_m_gemm_format<GemmFormat::kBFloat16, false>(params, config, stream);
     case GemmFormat::kHalf: return small_m_gemm_format<GemmFormat::kHalf, false>(params, config, stream);
+    case GemmFormat::kNvFp4: return small_m_gemm_format<GemmFormat::kNvFp4, false>(params, config, stream);
   }
   return cudaErrorInvalidValue;
 }

@@ -6,6 +6,7 @@
 #include "../common/launch.cuh"
 #include "../quant/quantizers.cuh"
 #include "mma.cuh"
+#include "nvfp4.cuh"
 #include "small_m_gemm.h"
 
 // y = x w^T for few rows of x: the time is that of reading w once, so everything else is kept short.
@@ -27,11 +28,12 @@ struct GemmPlan {
   int w_row, x_row;                     // bytes from one row to the next in shared memory
   int x, x_warp, x_scale, scale_warp;   // of a quantised x: byte offsets, and bytes from one warp's part to the next's
   int inverse_m;                        // 65536 / m, rounded up
+  int w_scale, w_scale_row;             // of NVFP4's: byte offset, and bytes from one row of a warp's part to the next
   int sums, sums_warp, partial;         // the warps' sums, and those of the cluster's other blocks
   int barriers, size;                   // a barrier a chunk and one for the cluster; size of it all
 };
 
-inline GemmPlan make_gemm_plan(const GemmConfig& config, bool quantize, int m, int k_bytes) {
+inline GemmPlan make_gemm_plan(const GemmConfig& config, bool quantize, bool nvfp4, int m, int k_bytes) {
   GemmPlan plan = {};
   const int rows = 16 * config.row_tiles, splits = config.warps * config.cluster;
   plan.warps = config.warps;
@@ -47,7 +49,9 @@ inline GemmPlan make_gemm_plan(const GemmConfig& config, bool quantize, int m, i
   plan.x_scale = plan.x + plan.warps * plan.x_warp;
   plan.scale_warp = quantize ? plan.steps * 8 * 4 : 0;
   plan.inverse_m = (65536 + m - 1) / m;
-  plan.sums = plan.x_scale + plan.warps * plan.scale_warp;
+  plan.w_scale = plan.x_scale + plan.warps * plan.scale_warp;
+  plan.w_scale_row = nvfp4 ? 16 * (plan.steps | 1) : 0;  // odd: eight rows meet no bank twice
+  plan.sums = plan.w_scale + plan.warps * rows * plan.w_scale_row;
   plan.sums_warp = m * (rows + 4) * 4;
   plan.partial = plan.sums + plan.warps * plan.sums_warp;
   plan.barriers = plan.partial + (config.cluster - 1) * m * rows * 4;
@@ -74,7 +78,9 @@ __device__ __forceinline__ void store_output(const SmallMGemmParams& p, int toke
 }
 
 template <GemmFormat kFormat>
-constexpr int kElementBytes = kFormat == GemmFormat::kBFloat16 || kFormat == GemmFormat::kHalf ? 2 : 1;
+constexpr int kElementBits = kFormat == GemmFormat::kBFloat16 || kFormat == GemmFormat::kHalf ? 16
+                             : kFormat == GemmFormat::kNvFp4                                  ? 4
+                                                                                              : 8;
 
 // One lane's 16 elements of a group of x: to e4m3 by the arithmetic of group_quant.cu, widened to fp16. The eight lanes of
 // a group call it together; returns the group's scale.
@@ -143,7 +149,8 @@ __global__ void __launch_bounds__(kRowTiles * kTokenTiles > 4 ? 256 : 512, 1)
     small_m_gemm_kernel(const __grid_constant__ SmallMGemmParams p, const __grid_constant__ GemmPlan plan) {
   constexpr int kRows = 16 * kRowTiles, kTokens = 8 * kTokenTiles, kSumRow = kRows + 4;
   constexpr bool kBlockScaled = kFormat == GemmFormat::kE4M3Block;
-  constexpr int kSize = kElementBytes<kFormat>;
+  constexpr bool kNvFp4 = kFormat == GemmFormat::kNvFp4;
+  constexpr int kSize = kNvFp4 ? 1 : kElementBits<kFormat> / 8;
   using Multiply = Mma<kFormat>;
   using Accumulator = typename Multiply::Accumulator;
 
@@ -153,7 +160,7 @@ __global__ void __launch_bounds__(kRowTiles * kTokenTiles > 4 ? 256 : 512, 1)
   const int first_row = blockIdx.y * kRows, rank = blockIdx.x;
   const int block_first = rank * plan.warps * plan.steps, first = block_first + warp * plan.steps;
   const int steps = min(plan.steps, plan.pieces - first);
-  const int k_bytes = p.k * kSize, block_column = block_first * kPiece, column = first * kPiece;
+  const int k_bytes = kNvFp4 ? p.k / 2 : p.k * kSize, block_column = block_first * kPiece, column = first * kPiece;
   const int64_t w_stride = p.w_stride * kSize;
   const uint32_t barriers = shared_address(smem) + plan.barriers, cluster_barrier = barriers + 8 * plan.chunks;
   const uint8_t* const w_tile = static_cast<const uint8_t*>(p.w) + first_row * w_stride;
@@ -225,6 +232,25 @@ __global__ void __launch_bounds__(kRowTiles * kTokenTiles > 4 ? 256 : 512, 1)
                            p.w_scale_stride_group);
     }
 
+    uint8_t* const w_scale_own = smem + plan.w_scale + warp * kRows * plan.w_scale_row;
+    if constexpr (kNvFp4) {
+      // Four scales at a time: four lanes to a row's piece, eight rows at a time.
+      const int four = lane % 4, groups_end = p.k / 16;
+#pragma unroll 1
+      for (int step = 0; step < steps; ++step) {
+        const int fours = (first + step) * 4 + four;
+#pragma unroll
+        for (int row = lane / 4; row < kRows; row += 8) {
+          const int64_t r = first_row + row;
+          const int64_t offset =
+              p.w_group_tiled ? r / 128 * p.w_group_stride_row + int64_t{512} * fours + r % 32 * 16 + r % 128 / 32 * 4
+                              : r * p.w_group_stride_row + 4 * fours;
+          copy_async_4(shared_address(w_scale_own) + row * plan.w_scale_row + step * 16 + four * 4,
+                       static_cast<const uint8_t*>(p.w_group_scale) + offset, r < p.n && 4 * fours < groups_end);
+        }
+      }
+    }
+
     const auto wait_for_w = [&] {
       copy_async_wait_all();
       if (plan.chunks > 0) {
@@ -289,6 +315,58 @@ __global__ void __launch_bounds__(kRowTiles * kTokenTiles > 4 ? 256 : 512, 1)
         w += kPiece;
         x += 2 * kPiece;
         scale += kTokens;
+      }
+    } else if constexpr (kNvFp4) {
+      // As below, but half a step of w is 32 elements of each lane, 64 bytes of x.
+      constexpr int kAhead = 4 / kTokenTiles;
+      const uint4* x[kTokenTiles];
+#pragma unroll
+      for (int t = 0; t < kTokenTiles; ++t) {
+        x[t] = reinterpret_cast<const uint4*>(static_cast<const __nv_bfloat16*>(p.x) +
+                                              min(8 * t + row, p.m - 1) * p.x_stride) +
+               (column + part * 16) / 4;
+      }
+      const int rest = k_bytes - column - part * 16;
+      const uint8_t* w_scale_row = w_scale_own + row * plan.w_scale_row + part * 2;
+      constexpr int kChains = kRowTiles * kTokenTiles == 1 ? 2 : 1;
+      float odd[kRowTiles][kTokenTiles][4] = {};  // a second chain of dependent products
+      bool waited = false;
+#pragma unroll 1
+      for (int base = 0; base < 2 * steps; base += kAhead) {
+        uint4 eights[kAhead][kTokenTiles][4];
+#pragma unroll
+        for (int i = 0; i < kAhead; ++i) {
+          const bool inside = base + i < 2 * steps && (base + i) * 64 < rest;
+#pragma unroll
+          for (int t = 0; t < kTokenTiles; ++t) {
+#pragma unroll
+            for (int j = 0; j < 4; ++j) eights[i][t][j] = inside ? x[t][(base + i) * 16 + j] : uint4{};
+          }
+        }
+        if (!waited) wait_for_w();
+        waited = true;
+#pragma unroll
+        for (int i = 0; i < kAhead; ++i) {
+          if (base + i >= 2 * steps) break;
+          NvFp4XFragment fragment[kTokenTiles];
+#pragma unroll
+          for (int t = 0; t < kTokenTiles; ++t) fragment[t] = NvFp4XFragment(eights[i][t]);
+          const uint8_t* w_half = w + (base + i) * 64;
+          const uint8_t* scale = w_scale_row + (base + i) * 8;
+#pragma unroll
+          for (int r = 0; r < kRowTiles; ++r) {
+            multiply_nvfp4<kTokenTiles>(
+                kChains == 2 && i % 2 == 1 ? odd[r] : sum[r],
+                *reinterpret_cast<const uint4*>(w_half + 2 * r * eight_rows),
+                *reinterpret_cast<const uint4*>(w_half + (2 * r + 1) * eight_rows),
+                *reinterpret_cast<const uint16_t*>(scale + 16 * r * plan.w_scale_row),
+                *reinterpret_cast<const uint16_t*>(scale + (16 * r + 8) * plan.w_scale_row), fragment);
+          }
+        }
+      }
+      if constexpr (kChains == 2) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sum[0][0][i] += odd[0][0][i];
       }
     } else {
       // Straight from global memory to registers, some steps at once: every byte is used by one lane only.
@@ -400,6 +478,8 @@ __global__ void __launch_bounds__(kRowTiles * kTokenTiles > 4 ? 256 : 512, 1)
     if constexpr (kFormat == GemmFormat::kE4M3 || kFormat == GemmFormat::kInt8) {
       value *= static_cast<const float*>(p.w_scale)[row * p.w_scale_stride_row];
       value *= static_cast<const float*>(p.x_scale)[token * p.x_scale_stride_row];
+    } else if constexpr (kNvFp4) {
+      value *= kNvFp4Unit * static_cast<const float*>(p.w_scale)[row * p.w_scale_stride_row];
     }
     switch (p.output) {
       case GemmOutput::kBFloat16: store_output<__nv_bfloat16>(p, token, row, value); break;
@@ -413,7 +493,7 @@ template <GemmFormat kFormat, bool kQuantize, int kRowTiles, int kTokenTiles>
 cudaError_t launch_small_m_gemm(const SmallMGemmParams& p, const GemmConfig& config, cudaStream_t stream) {
   constexpr int kMaxWarps = kRowTiles * kTokenTiles > 4 ? 8 : 16;
   const auto kernel = small_m_gemm_kernel<kFormat, kQuantize, kRowTiles, kTokenTiles>;
-  const GemmPlan plan = make_gemm_plan(config, kQuantize, p.m, p.k * kElementBytes<kFormat>);
+  const GemmPlan plan = make_gemm_plan(config, kQuantize, kFormat == GemmFormat::kNvFp4, p.m, p.k * kElementBits<kFormat> / 8);
   const int tiles = (p.n + 16 * kRowTiles - 1) / (16 * kRowTiles);
   if (config.warps > kMaxWarps || (config.chunks > 0 && config.warps % config.chunks != 0) || plan.steps > 32 ||
       plan.size > 227 * 1024 || tiles > 65535) return cudaErrorInvalidValue;

@@ -12,6 +12,7 @@ enum class GemmFormat {
   kInt8,       // int8 x int8, the same
   kBFloat16,
   kHalf,
+  kNvFp4,  // bf16 x e2m1, an e4m3 scale for each 16 columns of a row of w, and an fp32 scale for each row or for all
 };
 
 enum class GemmOutput { kBFloat16, kHalf, kFloat };
@@ -34,10 +35,15 @@ struct SmallMGemmParams {
   const void* bias;  // of y's type, or null
   const void* x_scale;
   const void* w_scale;
-  int64_t x_stride, w_stride, y_stride;
+  const void* w_group_scale;            // of kNvFp4
+  int64_t x_stride, w_stride, y_stride;  // of kNvFp4's w in bytes, two elements each
   // Scale of row r and group g of 128 columns at r * stride_row + g * stride_group; of a packed one, at g / 4.
   int64_t x_scale_stride_row, x_scale_stride_group;
   int64_t w_scale_stride_row, w_scale_stride_group;
+  // Of kNvFp4: four groups of row r at r * stride_row, and from four to the next; or in tiles of 128 rows x 4 groups, as
+  // tensor cores from Blackwell on take them.
+  int64_t w_group_stride_row;
+  bool w_group_tiled;
   int32_t m, n, k;
   int32_t w_scale_shift;  // log2 of the rows of w that share a row of w_scale
   bool x_scale_packed;   // four UE8M0 exponents to an int32
