@@ -4,7 +4,7 @@
 set -u
 cd "$(dirname "$0")/.." || exit 9
 [ $# -gt 0 ] || set -- tests/test_quant.py tests/test_token_quant.py tests/test_gated_quant.py tests/test_norm_quant.py \
-    tests/test_cache.py -k "not past_2 and not mantissas"
+    tests/test_cache.py tests/test_nvfp4_quant.py tests/test_mx_quant.py -k "not past_2 and not mantissas"
 failed=0
 for tool in memcheck racecheck initcheck synccheck; do
     echo "== $tool"

@@ -257,12 +257,12 @@ def _naive_nvfp4(x: list[float], global_scale: float) -> tuple[list[int], list[f
 
 
 def _naive_nvfp4_quant(family: ModuleType, case: Nvfp4QuantCase) -> tuple[torch.Tensor, ...]:
-    x, _, q, scale = family._tensors(case, 0)
+    x, global_scale, q, scale = family._tensors(case, 0)
     scale.view(torch.uint8).zero_()
     for m, row in enumerate(x.tolist()):
         half = case.hidden_size
         hidden = [row[i] / (1 + math.exp(-row[i])) * row[half + i] for i in range(half)] if case.silu_and_mul else row
-        packed, scales = _naive_nvfp4(hidden, family.GLOBAL_SCALE)
+        packed, scales = _naive_nvfp4(hidden, global_scale.item())
         q[m] = torch.tensor(packed)
         for g, value in enumerate(scales):
             if case.swizzled:

@@ -77,10 +77,45 @@ void nvfp4_experts_quant(const Tensor& x, const Tensor& global_scale, const Tens
   launch(params, x, "nvfp4_experts_quant");
 }
 
+// MXFP4 where q holds bytes, MXFP8 where it holds e4m3.
+void mx_quant(const Tensor& x, Tensor q, Tensor scale, bool swizzled, bool pdl) {
+  STD_TORCH_CHECK(x.dim() == 2, "x: takes 2 dimensions, got ", x.dim());
+  const Rows rows = checked_rows(x, "x");
+  const int64_t hidden_size = x.size(1), groups = hidden_size / 32;
+  STD_TORCH_CHECK(hidden_size % 32 == 0 && hidden_size < (int64_t{1} << 30), "x: the last dimension takes multiples of 32",
+                  ", got ", hidden_size);
+  const bool fp8 = q.scalar_type() == ScalarType::Float8_e4m3fn;
+  if (!fp8) check_type(q, "q", ScalarType::Byte);
+  check_type(scale, "scale", ScalarType::Byte);
+  check_shape(q, "q", {x.size(0), fp8 ? hidden_size : hidden_size / 2});
+  check_shape(scale, "scale",
+              {round_up_to(x.size(0), swizzled ? kNvfp4TileRows : 1), round_up_to(groups, swizzled ? kNvfp4TileGroups : 1)});
+  STD_TORCH_CHECK(q.is_contiguous() && scale.is_contiguous(), "q and scale: are contiguous");
+  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(q.data_ptr()) % 16 == 0 &&
+                      reinterpret_cast<uintptr_t>(scale.data_ptr()) % (swizzled ? 4 : 1) == 0,
+                  "q and scale: start at multiples of 16 and 4 bytes");
+  STD_TORCH_CHECK(x.get_device_index() == q.get_device_index() && x.get_device_index() == scale.get_device_index(),
+                  "x, q and scale: take one device");
+  Nvfp4QuantParams params = {};
+  params.x = x.data_ptr();
+  params.q = static_cast<uint8_t*>(q.data_ptr());
+  params.scale = static_cast<uint8_t*>(scale.data_ptr());
+  params.rows = x.size(0);
+  params.x_stride_row = rows.stride;
+  params.hidden_size = params.padded_size = static_cast<int32_t>(hidden_size);
+  params.groups = static_cast<int32_t>(scale.size(1));
+  params.swizzled = swizzled;
+  params.pdl = pdl;
+  const InputType input = input_type(x);
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  check_launch(vllm_b200::mx_quant(params, input, fp8, current_stream(x.get_device_index())), "mx_quant");
+}
+
 }  // namespace ops
 }  // namespace vllm_b200
 
 STABLE_TORCH_LIBRARY_IMPL(vllm_b200, CUDA, m) {
   m.impl("nvfp4_quant", TORCH_BOX(&vllm_b200::ops::nvfp4_quant));
+  m.impl("mx_quant", TORCH_BOX(&vllm_b200::ops::mx_quant));
   m.impl("nvfp4_experts_quant", TORCH_BOX(&vllm_b200::ops::nvfp4_experts_quant));
 }

@@ -66,7 +66,7 @@ def nvfp4_quant(
     Raises:
         ValueError: an argument is not as above; the message names it, what came and what is taken.
     """
-    _check_matrix(x, INPUT_DTYPES)
+    check_matrix(x, INPUT_DTYPES)
     check_number("global_scale", global_scale, torch.float32)
     q, scale = empty_outputs(x, x.shape[1], padded_size, swizzled)
     torch.ops.vllm_b200.nvfp4_quant(x, global_scale, q, scale, swizzled, False, pdl)
@@ -76,7 +76,7 @@ def nvfp4_quant(
 def silu_and_mul_nvfp4_quant(
     x: torch.Tensor,
     global_scale: torch.Tensor,
-    swizzled: bool = True,
+    swizzled: bool = False,
     *,
     padded_size: int | None = None,
     pdl: bool = False,
@@ -133,7 +133,7 @@ def nvfp4_experts_quant(
     if silu_and_mul:
         _check_gated(x)
     else:
-        _check_matrix(x, INPUT_DTYPES[:2])
+        check_matrix(x, INPUT_DTYPES[:2])
     num_experts = global_scale.numel()
     if global_scale.dtype != torch.float32 or global_scale.dim() != 1 or not num_experts:
         raise ValueError(
@@ -147,7 +147,7 @@ def nvfp4_experts_quant(
     hidden_size = x.shape[1] // 2 if silu_and_mul else x.shape[1]
     q = torch.empty(x.shape[0], hidden_size // 2, dtype=torch.uint8, device=x.device)
     scale_rows = most_expert_tiles(x.shape[0], num_experts) * TILE_ROWS
-    scale = torch.empty(scale_rows, _round_up(hidden_size // GROUP_SIZE, TILE_GROUPS), dtype=_E4M3, device=x.device)
+    scale = torch.empty(scale_rows, round_up(hidden_size // GROUP_SIZE, TILE_GROUPS), dtype=_E4M3, device=x.device)
     torch.ops.vllm_b200.nvfp4_experts_quant(x, global_scale, expert_offsets, scale_offsets, q, scale, silu_and_mul, pdl)
     return q, scale
 
@@ -222,18 +222,19 @@ def e2m1_to_float(q: torch.Tensor) -> torch.Tensor:
     return values[code]
 
 
-def _round_up(n: int, multiple: int) -> int:
+def round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
-def _check_matrix(x: torch.Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+def check_matrix(x: torch.Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+    """Whether x is a matrix that our kernels read in place; raises ValueError where it is not."""
     check_rows("x", x, dtypes)
     if x.dim() != 2:
         raise ValueError(f"x: takes 2 dimensions, got shape {tuple(x.shape)}")
 
 
 def _check_gated(x: torch.Tensor) -> None:
-    _check_matrix(x, INPUT_DTYPES[:2])
+    check_matrix(x, INPUT_DTYPES[:2])
     if x.shape[1] % (2 * GROUP_SIZE):
         raise ValueError(f"x: the last dimension takes multiples of {2 * GROUP_SIZE}, got {x.shape[1]}")
 
@@ -248,7 +249,7 @@ def empty_outputs(
     q = torch.empty(x.shape[0], size // 2, dtype=torch.uint8, device=x.device)
     rows, groups = x.shape[0], size // GROUP_SIZE
     if swizzled:
-        rows, groups = _round_up(rows, TILE_ROWS), _round_up(groups, TILE_GROUPS)
+        rows, groups = round_up(rows, TILE_ROWS), round_up(groups, TILE_GROUPS)
     return q, torch.empty(rows, groups, dtype=_E4M3, device=x.device)
 
 
@@ -306,7 +307,7 @@ def _nvfp4_experts_quant_cpu(
     rows, tiles = expert_offsets.tolist(), scale_offsets.tolist()
     for expert in range(global_scale.numel()):
         part = slice(rows[expert], rows[expert + 1])
-        end = tiles[expert] + _round_up(part.stop - part.start, TILE_ROWS)
+        end = tiles[expert] + round_up(part.stop - part.start, TILE_ROWS)
         torch.ops.vllm_b200.nvfp4_quant(
             x[part], global_scale[expert], q[part], scale[tiles[expert] : end], True, silu_and_mul
         )

@@ -15,9 +15,9 @@ struct Nvfp4End {
     for (int i = 0; i < kChunks; ++i) {
       const int group = threadIdx.x + i * blockDim.x;
       const bool valid = group < groups && row < p.rows;
-      const GroupScale scale(absmax_bits(chunk[i]), global_scale, global_reciprocal);
+      const GroupScale scale = Nvfp4::scale(absmax_bits(chunk[i]), global_scale, global_reciprocal);
       if (valid) {
-        reinterpret_cast<uint2*>(p.q)[row * groups + group] = quantize_nvfp4(chunk[i], scale.factor);
+        reinterpret_cast<uint2*>(p.q)[row * groups + group] = Nvfp4::pack(chunk[i], scale.factor);
       }
       if constexpr (kSwizzled) {
         uint32_t word = valid ? scale.byte << 8 * (group % kTileGroups) : 0;

@@ -9,7 +9,9 @@ namespace vllm_b200 {
 
 // Bits of a where mask has 1, of b elsewhere.
 __device__ __forceinline__ uint32_t select_bits(uint32_t a, uint32_t b, uint32_t mask) {
-  return (a & mask) | (b & ~mask);
+  uint32_t selected;  // left to itself, the compiler takes two instructions
+  asm("lop3.b32 %0, %1, %2, %3, 0xe4;" : "=r"(selected) : "r"(a), "r"(b), "r"(mask));
+  return selected;
 }
 
 // y rounded to one bit of mantissa, or to a multiple of 0.5 below 1, and then a little further from 0, by less than what

@@ -6,10 +6,10 @@ namespace {
 template <typename In, bool kGated>
 cudaError_t choose_layout(const Nvfp4QuantParams& p, cudaStream_t stream) {
   if constexpr (sizeof(In) == 2) {
-    if (p.expert_offsets != nullptr) return launch_nvfp4_quant<In, kGated, true, true>(p, stream);
+    if (p.expert_offsets != nullptr) return launch_nvfp4_quant<Nvfp4, In, kGated, true, true>(p, stream);
   }
-  return p.swizzled ? launch_nvfp4_quant<In, kGated, true, false>(p, stream)
-                    : launch_nvfp4_quant<In, kGated, false, false>(p, stream);
+  return p.swizzled ? launch_nvfp4_quant<Nvfp4, In, kGated, true, false>(p, stream)
+                    : launch_nvfp4_quant<Nvfp4, In, kGated, false, false>(p, stream);
 }
 
 template <typename In>

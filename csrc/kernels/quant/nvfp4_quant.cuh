@@ -7,8 +7,8 @@
 #include "nvfp4_quant.h"
 #include "row_source.cuh"
 
-// A lane takes a group of 16 elements, a warp 512 columns of up to four rows that lie 32 apart: their scales are 16
-// bytes side by side in the swizzled layout.
+// A lane takes 16 elements, a warp 512 columns of up to four rows that lie 32 apart: the scales of four groups of these
+// rows are 16 bytes side by side in the swizzled layout.
 
 namespace vllm_b200 {
 namespace {
@@ -39,13 +39,14 @@ struct Nvfp4Source {
   }
 };
 
-// bytes: of four rows the scale of the lane's group. The lanes of a tile's four groups swap them: lane g of the four
-// returns the scales of row g.
+// bytes: of four rows the scale of the lane's group. The lanes of four groups swap them: those of group g return the
+// scales of row g.
+template <int kLanesPerGroup>
 __device__ __forceinline__ uint32_t gather_scales(uint32_t bytes, int lane) {
-  const uint32_t next = __shfl_xor_sync(kFullWarp, bytes, 1);
-  const uint32_t pairs = __byte_perm(bytes, next, lane & 1 ? 0x3715 : 0x6240);
-  const uint32_t others = __shfl_xor_sync(kFullWarp, pairs, 2);
-  return __byte_perm(pairs, others, lane & 2 ? 0x3276 : 0x5410);
+  const uint32_t next = __shfl_xor_sync(kFullWarp, bytes, kLanesPerGroup);
+  const uint32_t pairs = __byte_perm(bytes, next, lane & kLanesPerGroup ? 0x3715 : 0x6240);
+  const uint32_t others = __shfl_xor_sync(kFullWarp, pairs, 2 * kLanesPerGroup);
+  return __byte_perm(pairs, others, lane & 2 * kLanesPerGroup ? 0x3276 : 0x5410);
 }
 
 // A tile of 128 rows of scales, and the rows of x that belong to it. The whole warp calls the constructor.
@@ -75,15 +76,16 @@ struct ScaleTile {
   __device__ __forceinline__ bool exists() const { return !kExperts || first_row >= 0; }
 };
 
-template <typename In, bool kGated, bool kSwizzled, bool kExperts>
+template <typename Format, typename In, bool kGated, bool kSwizzled, bool kExperts>
 __global__ void __launch_bounds__(32 * kNvfp4MaxWarps)
 nvfp4_quant_kernel(const __grid_constant__ Nvfp4QuantParams p, int64_t lines) {
   using Source = Nvfp4Source<In, kGated>;
-  constexpr int kInFlight = Source::kInFlight;
+  using Packed = typename Format::Packed;
+  constexpr int kInFlight = Source::kInFlight, kLanesPerGroup = Format::kLanesPerGroup;
   pdl_trigger();
   const int lane = threadIdx.x % 32, warps = blockDim.x / 32;
-  const int column = blockIdx.x * kWarpColumns + lane * kChunk, group = column / kChunk;
-  const bool in_row = column < p.hidden_size, in_q = column < p.padded_size;
+  const int column = blockIdx.x * kWarpColumns + lane * kChunk, group = column / (kChunk * kLanesPerGroup);
+  const bool in_row = column < p.hidden_size, in_q = column < p.padded_size, stores_scale = lane % kLanesPerGroup == 0;
   int64_t line = static_cast<int64_t>(blockIdx.y) * warps + threadIdx.x / 32;
   pdl_wait();
 
@@ -92,9 +94,13 @@ nvfp4_quant_kernel(const __grid_constant__ Nvfp4QuantParams p, int64_t lines) {
     const int place = static_cast<int>(line % kLines);
     const ScaleTile<kExperts> tile(p, tile_index, lane);
     if (!tile.exists()) return;
-    const float global_scale = *tile.global_scale;
+    const float global_scale = Format::kHasGlobalScale ? *tile.global_scale : 1.0f;
     const float global_reciprocal = __frcp_rn(global_scale);
     const int64_t first_row = tile.first_row + place;
+    const int rows_left = static_cast<int>(min(tile.rows - first_row, int64_t{kTileRows}));
+    const In* x = static_cast<const In*>(p.x) + first_row * p.x_stride_row + column;
+    Packed* q = reinterpret_cast<Packed*>(p.q) + first_row * (p.padded_size / kChunk) + column / kChunk;
+    uint8_t* linear_scale = p.scale + first_row * p.groups + group;
 
     uint32_t scales = 0;
 #pragma unroll
@@ -102,37 +108,40 @@ nvfp4_quant_kernel(const __grid_constant__ Nvfp4QuantParams p, int64_t lines) {
       typename Source::Raw raw[kInFlight] = {};
 #pragma unroll
       for (int i = 0; i < kInFlight; ++i) {
-        const int64_t row = first_row + (part + i) * kLines;
-        const In* x = static_cast<const In*>(p.x) + row * p.x_stride_row + column;
-        if (in_row && row < tile.rows) Source::Row::load(raw[i], x, p.hidden_size);
+        if (in_row && (part + i) * kLines < rows_left) Source::Row::load(raw[i], x, p.hidden_size);
+        x += kLines * p.x_stride_row;
       }
 #pragma unroll
       for (int i = 0; i < kInFlight; ++i) {
-        const int64_t row = first_row + (part + i) * kLines;
-        if (row >= tile.rows) break;
+        if ((part + i) * kLines >= rows_left) break;
         const Chunk<In> chunk = Source::finish(raw[i]);
-        const GroupScale scale(absmax_bits(chunk), global_scale, global_reciprocal);
+        uint32_t amax = absmax_bits(chunk);
+        if constexpr (kLanesPerGroup == 2) amax = max(amax, __shfl_xor_sync(kFullWarp, amax, 1));
+        const GroupScale scale = Format::scale(amax, global_scale, global_reciprocal);
         if (in_q) {
-          *reinterpret_cast<uint2*>(p.q + row * (p.padded_size / 2) + column / 2) = quantize_nvfp4(chunk, scale.factor);
+          *q = Format::pack(chunk, scale.factor);
           if constexpr (kSwizzled) {
             scales |= scale.byte << 8 * (part + i);
-          } else {
-            p.scale[row * p.groups + group] = scale.byte;
+          } else if (stores_scale) {
+            *linear_scale = scale.byte;
           }
         }
+        q += kLines * (p.padded_size / kChunk);
+        linear_scale += kLines * p.groups;
       }
     }
     if constexpr (kSwizzled) {
-      const uint32_t word = gather_scales(scales, lane);
-      if (group < p.groups) {
+      const uint32_t word = gather_scales<kLanesPerGroup>(scales, lane);
+      if (group < p.groups && stores_scale) {
         const int64_t tile_across = tile_index * (p.groups / kTileGroups) + group / kTileGroups;
-        reinterpret_cast<uint32_t*>(p.scale)[swizzled_offset(tile_across, place + lane % 4 * kLines)] = word;
+        const int row_in_tile = place + group % kTileGroups * kLines;
+        reinterpret_cast<uint32_t*>(p.scale)[swizzled_offset(tile_across, row_in_tile)] = word;
       }
     }
   }
 }
 
-template <typename In, bool kGated, bool kSwizzled, bool kExperts>
+template <typename Format, typename In, bool kGated, bool kSwizzled, bool kExperts>
 cudaError_t launch_nvfp4_quant(const Nvfp4QuantParams& p, cudaStream_t stream) {
   constexpr int64_t kMaxGridY = 65535;
   const int64_t whole_tiles = p.rows / kTileRows, rest = p.rows % kTileRows;
@@ -140,10 +149,10 @@ cudaError_t launch_nvfp4_quant(const Nvfp4QuantParams& p, cudaStream_t stream) {
                         : kSwizzled ? (p.rows + kTileRows - 1) / kTileRows * kLines
                                     : whole_tiles * kLines + std::min<int64_t>(rest, kLines);
   const int warps = lines < 4 ? 1 : lines < 256 ? 4 : kNvfp4MaxWarps;
-  const int columns = std::max(p.padded_size, kSwizzled ? p.groups * kChunk : 0);
+  const int columns = std::max(p.padded_size, kSwizzled ? p.groups * kChunk * Format::kLanesPerGroup : 0);
   const dim3 grid((columns + kWarpColumns - 1) / kWarpColumns, std::min((lines + warps - 1) / warps, kMaxGridY));
-  return launch_kernel(nvfp4_quant_kernel<In, kGated, kSwizzled, kExperts>, grid, dim3(32 * warps), 0, stream, p.pdl, p,
-                       lines);
+  return launch_kernel(nvfp4_quant_kernel<Format, In, kGated, kSwizzled, kExperts>, grid, dim3(32 * warps), 0, stream,
+                       p.pdl, p, lines);
 }
 
 }  // namespace

@@ -34,4 +34,8 @@ struct Nvfp4QuantParams {
 
 cudaError_t nvfp4_quant(const Nvfp4QuantParams& params, InputType input, cudaStream_t stream);
 
+// The same with groups of 32 and UE8M0 scales, without a global scale, silu_and_mul or experts: MXFP4, or MXFP8 with
+// q [rows, padded_size]. Sizes are multiples of 32. vllm_b200_plugin/ops/mx_quant.py has the arithmetic.
+cudaError_t mx_quant(const Nvfp4QuantParams& params, InputType input, bool fp8, cudaStream_t stream);
+
 }  // namespace vllm_b200
