@@ -190,6 +190,30 @@ def test_experts_that_are_not_linear_in_up_stay_as_they_are(linear):  # noqa: F8
     assert torch.equal(layer.w13_weight_scale_2, before[0]) and torch.equal(layer.w2_weight_scale_2, before[1])
 
 
+@pytest.mark.parametrize("zero", [False, True])
+def test_input_scales_of_all_ranks(linear, zero):  # noqa: F811
+    from vllm_b200_plugin.integration.nvfp4_shards import prepare
+
+    layer = torch.nn.Module()
+    layer.activation = types.SimpleNamespace(value="silu")
+    layer.w13_weight_scale_2 = parameter(torch.tensor([[1.0, 0.5], [0.0 if zero else 1.0, 4.0]]))
+    layer.w2_weight_scale_2, layer.w2_input_scale = parameter(torch.ones(2)), parameter(torch.ones(8))
+    prepare(layer)
+    assert torch.equal(layer.w2_weight_scale_2, torch.ones(2) if zero else torch.tensor([0.5, 4.0]))
+    assert torch.equal(layer.w2_input_scale, torch.full((8,), 1.0 if zero else 2.0))
+
+
+def test_made_up_weights_are_left_alone(linear):  # noqa: F811
+    from vllm_b200_plugin.integration import nvfp4_shards
+
+    with config():
+        assert not nvfp4_shards._made_up_weights()
+        from vllm.config.vllm import get_current_vllm_config
+
+        get_current_vllm_config().load_config.load_format = "dummy"
+        assert nvfp4_shards._made_up_weights()
+
+
 SERVE = """
 import json
 from pathlib import Path

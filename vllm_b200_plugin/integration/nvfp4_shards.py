@@ -31,12 +31,19 @@ def apply() -> None:
 
     @functools.wraps(process)
     def both(model: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-        for module in model.modules():
-            prepare(module)
+        if not _made_up_weights():
+            for module in model.modules():
+                prepare(module)
         return process(model, *args, **kwargs)
 
     both._vllm_b200 = True  # type: ignore[attr-defined]
     vllm_compat.PROCESS_WEIGHTS.replace(both)
+
+
+def _made_up_weights() -> bool:
+    """Whether the weights are noise, for a benchmark, in which every layer's parts would be unlike."""
+    config = vllm_compat.CURRENT_CONFIG.get()()
+    return config is not None and config.load_config.load_format == "dummy"
 
 
 def prepare(module: torch.nn.Module) -> None:
@@ -59,7 +66,7 @@ def _prepare_linear(layer: Any) -> None:
     inputs = getattr(layer, "input_global_scale", None)
     if not stores_factors and inputs is not None and inputs.numel() == len(widths):
         inputs.data.fill_(inputs.min())
-    if (stored == stored[0]).all():
+    if (stored == stored[0]).all() or not _usable(stored):
         return
     factors = stored.float() if stores_factors else 1 / stored.float()
     smallest = factors.min()
@@ -68,6 +75,11 @@ def _prepare_linear(layer: Any) -> None:
     stored.fill_(stored[factors.argmin()])
     setattr(owner, method, _with_columns(getattr(owner, method)))
     report.chosen(_KIND, "linear", "the columns of a part are multiplied by its scale over that of the kernel")
+
+
+def _usable(scales: torch.Tensor) -> bool:
+    """Whether all are scales, so that one may be divided by another."""
+    return bool((scales.isfinite() & (scales > 0)).all())
 
 
 def _with_columns(run: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -91,11 +103,15 @@ def _prepare_experts(layer: Any) -> None:
             _KIND, "vLLM", f"experts with {activation} are not linear in up: the gate's scale is used for both"
         )
         return
+    if not _usable(w13):
+        return
     gate, up = w13.float().unbind(1)
     factor = up / gate if stores_factors else gate / up
     w2.mul_(factor if stores_factors else 1 / factor)
-    inputs = getattr(layer, f"w2_{names[1]}", None)
-    if inputs is not None and inputs.shape == w2.shape:
-        inputs.data.mul_(1 / factor if stores_factors else factor)  # the kernel sees silu(gate) * up / factor
+    if (inputs := getattr(layer, f"w2_{names[1]}", None)) is not None:
+        # The kernel sees silu(gate) * up / factor. With the input scales of all ranks, whose experts are not these, all
+        # get what saturates nowhere.
+        own = factor if inputs.shape == w2.shape else factor.min().clamp(max=1)
+        inputs.data.mul_(1 / own if stores_factors else own)
     w13[:, 1] = w13[:, 0]
     report.chosen(_KIND, "experts", "the scale of up over that of gate goes into the down projection")
