@@ -50,20 +50,23 @@ def test_fp8_block_linear_takes_128x128_blocks_only():
 
 
 @pytest.mark.parametrize(
-    "num_tokens, capability, flashinfer, batch_invariant, kernel",
+    "num_tokens, n, capability, flashinfer, batch_invariant, kernel",
     [
-        (1, (9, 0), True, False, FLASHINFER_SWAP_AB),
-        (7, (9, 0), True, False, FLASHINFER_SWAP_AB),
-        (8, (9, 0), True, False, DEEP_GEMM),
-        (4096, (9, 0), True, False, DEEP_GEMM),
-        (1, (9, 0), False, False, DEEP_GEMM),
-        (1, (9, 0), True, True, DEEP_GEMM),
-        (1, (10, 0), True, False, DEEP_GEMM),
-        (1, (12, 0), True, False, DEEP_GEMM),
+        (1, 2112, (9, 0), True, False, FLASHINFER_SWAP_AB),
+        (7, 2112, (9, 0), True, False, FLASHINFER_SWAP_AB),
+        (8, 2112, (9, 0), True, False, DEEP_GEMM),
+        (8, 3136, (9, 0), True, False, FLASHINFER_SWAP_AB),
+        (31, 5120, (9, 0), True, False, FLASHINFER_SWAP_AB),
+        (32, 5120, (9, 0), True, False, DEEP_GEMM),
+        (4096, 2112, (9, 0), True, False, DEEP_GEMM),
+        (1, 2112, (9, 0), False, False, DEEP_GEMM),
+        (1, 2112, (9, 0), True, True, DEEP_GEMM),
+        (1, 2112, (10, 0), True, False, DEEP_GEMM),
+        (1, 2112, (12, 0), True, False, DEEP_GEMM),
     ],
 )
-def test_fp8_block_gemm(num_tokens, capability, flashinfer, batch_invariant, kernel):
-    choice = dispatch.fp8_block_gemm(num_tokens, capability, flashinfer=flashinfer, batch_invariant=batch_invariant)
+def test_fp8_block_gemm(num_tokens, n, capability, flashinfer, batch_invariant, kernel):
+    choice = dispatch.fp8_block_gemm(num_tokens, n, capability, flashinfer=flashinfer, batch_invariant=batch_invariant)
     assert choice.kernel == kernel
     assert choice.reason
 

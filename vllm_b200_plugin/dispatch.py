@@ -22,9 +22,11 @@ FEW_TOKENS = "few_tokens"  # ours for MoE layers
 VLLM = "vllm"  # none of ours: vLLM goes on through its own list
 
 GROUP_SIZE = 128
-# On an H200, 2112x7168 and 3072x1536: from 8 tokens on DeepGEMM is 8 to 12 % faster, with 4 FlashInfer's kernel is 10 %
-# faster on the larger one (benchmarks/results/h200/fp8_block_*.jsonl).
+# On an H200 from 8 tokens on DeepGEMM is 4 to 12 % faster than FlashInfer's kernel for 2048x4096, 2112x7168 and
+# 3072x1536, and slower for 5120x2048 and 7168x2048 (benchmarks/results/h200: fp8_block_*.jsonl the GEMMs alone,
+# tune_fp8_block_*.jsonl with vLLM's quantisations, which differ by 0.3 us).
 SWAP_AB_BELOW = 8
+DEEP_GEMM_FROM_8_UP_TO_N = 3072
 # Where vLLM passes from FlashInfer's kernel, which scales activations in plain fp32, to DeepGEMM's scale format. The
 # numbers of a layer stay vLLM's, so this stays its threshold.
 PLAIN_SCALES_BELOW = 32
@@ -102,11 +104,14 @@ def fp8_block_refusal(
 
 
 @functools.lru_cache(maxsize=1 << 16)  # asked in every eager call of a layer
-def fp8_block_gemm(num_tokens: int, capability: tuple[int, int], *, flashinfer: bool, batch_invariant: bool) -> Choice:
+def fp8_block_gemm(
+    num_tokens: int, n: int, capability: tuple[int, int], *, flashinfer: bool, batch_invariant: bool
+) -> Choice:
     """DeepGEMM or, for few tokens on Hopper, FlashInfer's kernel with the operands swapped.
 
     Args:
         num_tokens: rows of the activation.
+        n: rows of the weight on this rank.
         capability: compute capability, for example (9, 0).
         flashinfer: whether FlashInfer's fp8_blockscale_gemm_sm90 may be used.
         batch_invariant: whether a row's result must not depend on the number of rows (VLLM_BATCH_INVARIANT).
@@ -117,9 +122,10 @@ def fp8_block_gemm(num_tokens: int, capability: tuple[int, int], *, flashinfer: 
         return Choice(DEEP_GEMM, "FlashInfer's swap-AB kernel is for Hopper")
     if not flashinfer:
         return Choice(DEEP_GEMM, "FlashInfer's fp8_blockscale_gemm_sm90 is not available")
-    if num_tokens >= SWAP_AB_BELOW:
-        return Choice(DEEP_GEMM, f"{num_tokens} tokens, DeepGEMM is faster from {SWAP_AB_BELOW} on")
-    return Choice(FLASHINFER_SWAP_AB, f"{num_tokens} tokens, below {SWAP_AB_BELOW}")
+    limit = SWAP_AB_BELOW if n <= DEEP_GEMM_FROM_8_UP_TO_N else PLAIN_SCALES_BELOW
+    if num_tokens >= limit:
+        return Choice(DEEP_GEMM, f"{num_tokens} tokens, DeepGEMM is faster from {limit} on with N={n}")
+    return Choice(FLASHINFER_SWAP_AB, f"{num_tokens} tokens, below {limit} with N={n}")
 
 
 # Of the fused router, which one cluster runs. On an H200 its time grows with the weight, which 16 SMs read: with 0.5 MB

@@ -190,7 +190,9 @@ def _flashinfer_deep_gemm_of_quantised(
     ue8m0: bool,
 ) -> torch.Tensor:  # fmt: skip
     here, num_tokens = machine(), q.shape[0]
-    choice = dispatch.fp8_block_gemm(num_tokens, here.capability, flashinfer=True, batch_invariant=here.batch_invariant)
+    choice = dispatch.fp8_block_gemm(
+        num_tokens, weight.shape[0], here.capability, flashinfer=True, batch_invariant=here.batch_invariant
+    )
     if choice.kernel != dispatch.FLASHINFER_SWAP_AB:
         return _deep_gemm_of_quantised(q, scale, weight, weight_scale, out_dtype, ue8m0)
     gemm = vllm_compat.FLASHINFER_GEMM.get()

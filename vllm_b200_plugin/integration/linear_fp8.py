@@ -117,7 +117,7 @@ class B200FlashInferDeepGemmFp8BlockKernel(B200DeepGemmFp8BlockKernel):
     """For Hopper: for few tokens FlashInfer's GEMM with swapped operands, fed with what our quantisation wrote."""
 
     engine, theirs = Engine.FLASHINFER_DEEP_GEMM, _FlashInferDeepGemm
-    runs = f"our group quant + FlashInfer's swap-AB GEMM below {dispatch.SWAP_AB_BELOW} tokens, else DeepGEMM"
+    runs = "our group quant + FlashInfer's swap-AB GEMM for few tokens, else DeepGEMM"
 
     @classmethod
     def can_implement(cls, config: Any) -> tuple[bool, str | None]:
@@ -130,7 +130,11 @@ class B200FlashInferDeepGemmFp8BlockKernel(B200DeepGemmFp8BlockKernel):
     def gemm_choice(self, num_tokens: int) -> dispatch.Choice:
         here = machine()
         return dispatch.fp8_block_gemm(
-            num_tokens, here.capability, flashinfer=True, batch_invariant=here.batch_invariant
+            num_tokens,
+            self.config.weight_shape[0],
+            here.capability,
+            flashinfer=True,
+            batch_invariant=here.batch_invariant,
         )
 
 
