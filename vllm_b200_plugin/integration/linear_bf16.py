@@ -46,7 +46,9 @@ def unquantized_gemm(
     """x [..., K] @ weight [N, K].T + bias [N], in x's dtype."""
     dtypes = {x.dtype, weight.dtype} | ({bias.dtype} if bias is not None else set())
     if dtypes == {torch.bfloat16} and weight.dim() == 2 and _takes(weight.shape[0], weight.shape[1]):
-        return torch.ops.vllm_b200.bf16_linear(x, weight, bias)
+        # Outside compiled graphs, as router gates are, the op would only cost the host's time.
+        op = torch.ops.vllm_b200.bf16_linear if torch.compiler.is_compiling() else _implementation
+        return op(x, weight, bias)
     return torch.nn.functional.linear(x, weight, bias)
 
 

@@ -121,6 +121,8 @@ class B200GateLinear(_Base):
 
 def _takes(x: torch.Tensor, weight: torch.Tensor, out_dtype: torch.dtype) -> bool:
     """Whether our kernels take these rows."""
+    if x.shape[0] > router_ops.MAX_TOKENS:
+        return False
     rows = x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0
     return rows and router_ops.refusal(x.shape[0], weight, out_dtype) is None
 
