@@ -219,10 +219,6 @@ def _has_rows(x: torch.Tensor) -> bool:
 def apply() -> None:
     """Have vLLM run the pass behind its own, once. Raises FeatureUnavailable where that cannot be done."""
     op_override.require_cuda()
-    install()
-
-
-def install() -> None:
     manager = vllm_compat.POST_GRAD_PASSES.get()
     if hasattr(manager.configure, "_b200"):
         return
