@@ -374,6 +374,13 @@ PARALLEL_STATE = Private(
 MESSAGE_QUEUE = Private(
     "vllm.distributed.device_communicators.shm_broadcast", "MessageQueue", "between ranks", "there is one rank", "-"
 )
+EXPERT_MAP = Private(
+    "vllm.model_executor.layers.fused_moe.expert_map_manager",
+    "determine_expert_map",
+    "function: which experts a rank has",
+    "explain's models have no data, but vLLM reads this table while it builds one",
+    "-",
+)
 INIT_WORKSPACE = Private(
     "vllm.v1.worker.workspace", "init_workspace_manager", "scratch memory", "some attention asks for it early", "-"
 )

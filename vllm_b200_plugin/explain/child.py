@@ -99,9 +99,23 @@ def _model(config: Any, ranks: int) -> Any:
         parallel_state.init_distributed_environment(ranks, 0, "", 0, "fake")
         parallel_state.initialize_model_parallel(ranks, 1)
         vllm_compat.INIT_WORKSPACE.get()(torch.device("meta"))
+        _expert_map_with_data()
         torch.set_default_dtype(config.model_config.dtype)
         with torch.device("meta"), pretend.to_meta():
             return vllm_compat.INITIALIZE_MODEL.get()(config)
+
+
+def _expert_map_with_data() -> None:
+    """vLLM reads the table of a rank's experts while it builds the model."""
+    import torch
+
+    determine = vllm_compat.EXPERT_MAP.get()
+
+    def on_cpu(*args: Any, **kwargs: Any) -> Any:
+        with torch.device("cpu"):
+            return determine(*args, **kwargs)
+
+    vllm_compat.EXPERT_MAP.replace(on_cpu)
 
 
 def _forked(task: Callable[[], Any]) -> tuple[int, int]:
