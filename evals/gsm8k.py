@@ -212,14 +212,7 @@ def verdict(worse: Sequence[str]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(sys.argv[1:] if arguments is None else arguments)
-    try:
-        return run(options)
-    except (CannotRun, SideFailed) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted: the same command goes on from here", file=sys.stderr)
-        return 130
+    return processes.exit_code(lambda: run(options), "from here")
 
 
 if __name__ == "__main__":

@@ -213,14 +213,7 @@ def verdict(beyond: Sequence[str], multiple: float) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(sys.argv[1:] if arguments is None else arguments)
-    try:
-        return run(options)
-    except (CannotRun, SideFailed) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted: the same command goes on with the side that is not done", file=sys.stderr)
-        return 130
+    return processes.exit_code(lambda: run(options), "with the side that is not done")
 
 
 if __name__ == "__main__":

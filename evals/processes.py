@@ -163,6 +163,21 @@ def run_all(
     return failed
 
 
+def exit_code(run: Callable[[], int], goes_on: str) -> int:
+    """What run() returns, 2 with one sentence where it could not run, 130 where it was interrupted.
+
+    goes_on: with what the same command goes on after that, in words.
+    """
+    try:
+        return run()
+    except (CannotRun, SideFailed) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"interrupted: the same command goes on {goes_on}", file=sys.stderr)
+        return 130
+
+
 def _brief(status: Mapping[str, Any]) -> str:
     return f"{status.get('done', 0)}/{status['total']}" if status.get("total") else status.get("doing", "starting")
 
