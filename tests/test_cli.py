@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from vllm_b200_plugin import cli, demo, doctor, environment
 from vllm_b200_plugin.demo import checkpoint, server
+from vllm_b200_plugin.ops.nvfp4_quant import nvfp4_dequant
 
 
 def fake_versions(monkeypatch: pytest.MonkeyPatch, **versions: str | None) -> None:
@@ -250,11 +251,25 @@ def test_checkpoint_tensors(checkpoints, fmt, dtype, scale):
     torch.testing.assert_close(back, plain[f"{prefix}.weight"].float(), rtol=2**-4, atol=1.1 * scales.max().item())
 
 
+def test_checkpoint_nvfp4(checkpoints):
+    tensors = load_file(checkpoints["ct-nvfp4"] / "model.safetensors")
+    plain = load_file(checkpoint.trained() / "model.safetensors")
+    for name in (name.removesuffix(".weight") for name in plain if "_proj." in name):
+        packed, scale, global_scale = (
+            tensors[f"{name}.{part}"] for part in ("weight_packed", "weight_scale", "weight_global_scale")
+        )
+        weight = plain[f"{name}.weight"].float()
+        back = nvfp4_dequant(packed, scale, global_scale)
+        groups = weight.unflatten(1, (-1, 16)).abs().amax(-1).repeat_interleave(16, 1)
+        # half of e2m1's largest step of 2, of a group whose maximum is at 6, and e4m3's rounding of the scale
+        assert ((back - weight).abs() <= groups * (1 / 6 + 2**-4) + 1e-6).all(), name
+
+
 def test_checkpoint_config(checkpoints):
     configs = {fmt: json.loads((path / "config.json").read_text()) for fmt, path in checkpoints.items()}
     assert "quantization_config" not in configs["bf16"]
     assert configs["fp8"]["quantization_config"]["weight_block_size"] == [128, 128]
-    for fmt in ("ct-fp8", "ct-int8"):
+    for fmt in ("ct-fp8", "ct-int8", "ct-nvfp4"):
         quantization = configs[fmt]["quantization_config"]
         assert quantization["quant_method"] == "compressed-tensors"
         assert "model.layers.0.mlp.gate" in quantization["ignore"]

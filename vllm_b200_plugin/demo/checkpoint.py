@@ -29,6 +29,7 @@ FORMATS = {
     "fp8": "FP8 e4m3, 128x128 blocks (quant_method fp8)",
     "ct-fp8": "FP8 e4m3, 128x128 blocks (compressed-tensors)",
     "ct-int8": "INT8 per channel, activations INT8 per token (compressed-tensors)",
+    "ct-nvfp4": "NVFP4 weights, activations bfloat16 (compressed-tensors)",
 }
 
 
@@ -94,15 +95,18 @@ def _quantization(fmt: str, num_layers: int, bf16_experts: bool) -> dict | None:
             {"num_bits": 8, "type": "int", "strategy": "channel"},
             {"num_bits": 8, "type": "int", "strategy": "token"},
         )
+    if fmt == "ct-nvfp4":
+        weights = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16}
+        return _compressed_tensors("nvfp4-pack-quantized", kept, weights, None)
     return None
 
 
-def _compressed_tensors(fmt: str, ignore: list[str], weights: dict, activations: dict) -> dict:
+def _compressed_tensors(fmt: str, ignore: list[str], weights: dict, activations: dict | None) -> dict:
     group = {
         "targets": ["Linear"],
         "format": fmt,
         "weights": {"symmetric": True, "dynamic": False, **weights},
-        "input_activations": {"symmetric": True, "dynamic": True, **activations},
+        "input_activations": activations and {"symmetric": True, "dynamic": True, **activations},
         "output_activations": None,
     }
     return {
@@ -126,6 +130,16 @@ def _quantised(name: str, weight: "torch.Tensor", fmt: str) -> "dict[str, torch.
         scale = (weight.float().abs().amax(dim=1, keepdim=True) / 127).bfloat16()
         values = (weight.float() / scale.float()).round().clamp(-127, 127).to(torch.int8)
         return {f"{name}.weight": values, f"{name}.weight_scale": scale}
+    if fmt == "ct-nvfp4":
+        from vllm_b200_plugin.ops.nvfp4_quant import nvfp4_global_scale, nvfp4_quant
+
+        global_scale = nvfp4_global_scale(weight)
+        packed, scale = nvfp4_quant(weight, global_scale)
+        return {
+            f"{name}.weight_packed": packed,
+            f"{name}.weight_scale": scale,
+            f"{name}.weight_global_scale": global_scale,
+        }
     # [row blocks, 128, column blocks, 128], one scale a block
     rows, columns = weight.shape
     blocks = weight.float().view(rows // BLOCK, BLOCK, columns // BLOCK, BLOCK)
