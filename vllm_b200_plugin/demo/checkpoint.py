@@ -134,7 +134,7 @@ def _quantised(name: str, weight: "torch.Tensor", fmt: str) -> "dict[str, torch.
         from vllm_b200_plugin.ops.nvfp4_quant import nvfp4_global_scale, nvfp4_quant
 
         global_scale = nvfp4_global_scale(weight)
-        packed, scale = nvfp4_quant(weight, global_scale)
+        packed, scale = nvfp4_quant(weight.clone(), global_scale)  # in a file nothing is aligned
         return {
             f"{name}.weight_packed": packed,
             f"{name}.weight_scale": scale,
