@@ -2,7 +2,9 @@
 
 import ctypes
 import json
+import os
 import shutil
+import signal
 import subprocess
 import types
 
@@ -341,3 +343,23 @@ def test_line_of_the_report():
     few, many = Choice("few", "1 token"), Choice("many", "more")
     kind = layer_table.Row("linear", "proj", "N=1 K=2", "bf16", "Ours", {1: few, 16: few, 256: many}, "quant", count=2)
     assert startup_report.line(kind) == "2 x proj N=1 K=2: Ours (1: few, 256: many), quant"
+
+
+def test_a_build_that_dies_is_tried_once_more(tmp_path):
+    def dies(times):
+        tried = tmp_path / f"tried {times}"
+
+        def task():
+            with tried.open("a") as file:
+                file.write("x")
+            if len(tried.read_text()) <= times:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return {"rows": []}
+
+        return task
+
+    assert child._collect([dies(0), dies(1), dies(2)], 2) == [
+        {"rows": []},
+        {"rows": []},
+        {"error": "the process that built the model died, exit code -9"},
+    ]

@@ -152,11 +152,19 @@ def _collect(tasks: list[Callable[[], Any]], parallel: int) -> list[Any]:
         batch = list(enumerate(tasks[start : start + parallel], start))
         running = [(index, *_forked(task)) for index, task in batch]
         for index, process, reader in running:
-            with os.fdopen(reader) as source:
-                text = source.read()
-            os.waitpid(process, 0)
-            results[index] = json.loads(text) if text else {"error": "the process that built the model died"}
+            result, code = _ended(process, reader)
+            if result is None:  # a fork of a process that has threads may, now and then
+                result, code = _ended(*_forked(tasks[index]))
+            results[index] = result or {"error": f"the process that built the model died, exit code {code}"}
     return results
+
+
+def _ended(process: int, reader: int) -> tuple[Any, int]:
+    """What a fork wrote, None where it died before that, and its exit code; of a signal less than 0."""
+    with os.fdopen(reader) as source:
+        text = source.read()
+    _, status = os.waitpid(process, 0)
+    return json.loads(text) if text else None, os.waitstatus_to_exitcode(status)
 
 
 def _for_gpu(pretended: Gpu, jobs: list[dict[str, Any]]) -> list[Any]:
