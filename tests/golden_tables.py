@@ -22,14 +22,13 @@ ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden" / "explain"
 VERSIONS = ("0.32.0", "0.33.0")
 CAPABILITIES = ("9.0", "10.0", "10.3", "12.0")
-# Name -> tensor-parallel ranks, for one that ends in -ep with expert parallelism over them.
+# Name -> tensor-parallel ranks.
 MODELS = {
     "qwen3-30b-a3b-bf16": 1,
     "qwen3-30b-a3b-fp8": 1,
     "qwen3-30b-a3b-nvfp4": 1,
     "qwen3-30b-a3b-ct-nvfp4": 1,
     "deepseek-v3-fp8": 1,
-    "deepseek-v3-fp8-ep": 8,
     "deepseek-v3.2-nvfp4": 1,
     "kimi-k2-fp8": 1,
     "gpt-oss-120b-mxfp4": 1,
@@ -44,9 +43,9 @@ def write_tables(folder: Path, models: list[str]) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         jobs = []
         for model in models:
-            _, path = explain.model_folder(model.removesuffix("-ep"), Path(scratch))
+            name, path = explain.model_folder(model, Path(scratch))
             jobs += [
-                explain.Job(model, str(path), capability, MODELS[model], ep=model.endswith("-ep"), stock=stock)
+                explain.Job(name, str(path), capability, MODELS[model], stock=stock)
                 for capability in CAPABILITIES
                 for stock in (False, True)
             ]
