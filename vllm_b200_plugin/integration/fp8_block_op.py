@@ -135,21 +135,30 @@ def _small_m(
     )
 
 
-def _deep_gemm(
-    x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, block_shape: list[int], out_dtype: torch.dtype
-) -> torch.Tensor:
-    layout, ue8m0 = scales_of(Engine.DEEP_GEMM, x.shape[0])
-    q, scale = per_token_group_quant(x, block_shape[1], layout=layout, ue8m0=ue8m0)
-    return _deep_gemm_of_quantised(q, scale, weight, weight_scale, out_dtype, ue8m0)
-
-
-def _deep_gemm_of_quantised(
-    q: torch.Tensor, scale: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, out_dtype: torch.dtype,
-    ue8m0: bool = True,
+def _quantise_and_deep_gemm(
+    engine: Engine, x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, block_shape: list[int],
+    out_dtype: torch.dtype,
 ) -> torch.Tensor:  # fmt: skip
-    out = torch.empty((q.shape[0], weight.shape[0]), dtype=out_dtype, device=q.device)
-    gemm = vllm_compat.FP8_GEMM_NT.get()
-    gemm((q, scale), (weight, weight_scale), out, is_deep_gemm_e8m0_used=ue8m0)
+    layout, ue8m0 = scales_of(engine, x.shape[0])
+    q, scale = per_token_group_quant(x, block_shape[1], layout=layout, ue8m0=ue8m0)
+    return _deep_gemm(q, scale, weight, weight_scale, out_dtype, engine, ue8m0)
+
+
+def _deep_gemm(
+    q: torch.Tensor, scale: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, out_dtype: torch.dtype,
+    engine: str, ue8m0: bool,
+) -> torch.Tensor:  # fmt: skip
+    """DeepGEMM or, where `engine` has it and the rule says so, FlashInfer's kernel."""
+    here, (n, _) = machine(), weight.shape
+    if engine == Engine.FLASHINFER_DEEP_GEMM:
+        choice = dispatch.fp8_block_gemm(
+            q.shape[0], n, here.capability, flashinfer=True, batch_invariant=here.batch_invariant
+        )
+        if choice.kernel == dispatch.FLASHINFER_SWAP_AB:
+            flashinfer = vllm_compat.FLASHINFER_GEMM.get()
+            return flashinfer(input=q, weight=weight, input_scale=scale, weight_scale=weight_scale, out_dtype=out_dtype)
+    out = torch.empty((q.shape[0], n), dtype=out_dtype, device=q.device)
+    vllm_compat.FP8_GEMM_NT.get()((q, scale), (weight, weight_scale), out, is_deep_gemm_e8m0_used=ue8m0)
     return out
 
 
@@ -172,31 +181,7 @@ def _fake_gemm(
 def _gemm(
     q: torch.Tensor, scale: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, out_dtype: torch.dtype
 ) -> torch.Tensor:
-    if q.shape[0] == 0:
-        return q.new_empty((0, weight.shape[0]), dtype=out_dtype)
-    return _deep_gemm_of_quantised(q, scale, weight, weight_scale, out_dtype)
-
-
-def _flashinfer_deep_gemm(
-    x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, block_shape: list[int], out_dtype: torch.dtype
-) -> torch.Tensor:
-    layout, ue8m0 = scales_of(Engine.FLASHINFER_DEEP_GEMM, x.shape[0])
-    q, scale = per_token_group_quant(x, block_shape[1], layout=layout, ue8m0=ue8m0)
-    return _flashinfer_deep_gemm_of_quantised(q, scale, weight, weight_scale, out_dtype, ue8m0)
-
-
-def _flashinfer_deep_gemm_of_quantised(
-    q: torch.Tensor, scale: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, out_dtype: torch.dtype,
-    ue8m0: bool,
-) -> torch.Tensor:  # fmt: skip
-    here, num_tokens = machine(), q.shape[0]
-    choice = dispatch.fp8_block_gemm(
-        num_tokens, weight.shape[0], here.capability, flashinfer=True, batch_invariant=here.batch_invariant
-    )
-    if choice.kernel != dispatch.FLASHINFER_SWAP_AB:
-        return _deep_gemm_of_quantised(q, scale, weight, weight_scale, out_dtype, ue8m0)
-    gemm = vllm_compat.FLASHINFER_GEMM.get()
-    return gemm(input=q, weight=weight, input_scale=scale, weight_scale=weight_scale, out_dtype=out_dtype)
+    return gemm(q, scale, weight, weight_scale, out_dtype, Engine.DEEP_GEMM, True)
 
 
 def scales_of(engine: str, num_tokens: int) -> tuple[ScaleLayout, bool]:
@@ -223,17 +208,14 @@ def gemm(
         return small_m_gemm.fp8_block_linear(
             q, weight, weight_scale, scale, out_dtype=out_dtype, config=config, pdl=True
         )
-    if engine == Engine.FLASHINFER_DEEP_GEMM:
-        return _flashinfer_deep_gemm_of_quantised(q, scale, weight, weight_scale, out_dtype, ue8m0)
-    return _deep_gemm_of_quantised(q, scale, weight, weight_scale, out_dtype, ue8m0)
+    return _deep_gemm(q, scale, weight, weight_scale, out_dtype, engine, ue8m0)
 
 
 def _cutlass(
     x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, block_shape: list[int], out_dtype: torch.dtype
 ) -> torch.Tensor:
     q, scale = per_token_group_quant(x, block_shape[1], layout=ScaleLayout.COLUMN)
-    gemm = vllm_compat.CUTLASS_GEMM.get()
-    return gemm(q, weight.T, out_dtype=out_dtype, scale_a=scale, scale_b=weight_scale.T)
+    return vllm_compat.CUTLASS_GEMM.get()(q, weight.T, out_dtype=out_dtype, scale_a=scale, scale_b=weight_scale.T)
 
 
 def _triton(
@@ -253,8 +235,10 @@ def _reference(
 
 
 _ENGINES: dict[str, Callable[..., torch.Tensor]] = {
-    Engine.DEEP_GEMM: _deep_gemm,
-    Engine.FLASHINFER_DEEP_GEMM: _flashinfer_deep_gemm,
+    **{
+        engine: functools.partial(_quantise_and_deep_gemm, engine)
+        for engine in (Engine.DEEP_GEMM, Engine.FLASHINFER_DEEP_GEMM)
+    },
     Engine.CUTLASS: _cutlass,
     Engine.TRITON: _triton,
     Engine.REFERENCE: _reference,

@@ -11,7 +11,7 @@ import torch
 from vllm_b200_plugin import vllm_compat
 from vllm_b200_plugin.features import NotForThisPlatform
 from vllm_b200_plugin.integration import report
-from vllm_b200_plugin.ops.moe import fp8_block_scaled_moe
+from vllm_b200_plugin.ops.moe import fp8_block_scaled_moe, local_ids
 
 _Base: Any = vllm_compat.CPU_FP8_EXPERTS.get()
 _BLOCK_SHAPE = (128, 128)
@@ -63,7 +63,7 @@ class B200CpuFp8BlockExperts(_Base):
     ) -> None:
         """Write the layer's result, [num_tokens, hidden_size], to `output`."""
         if expert_map is not None:
-            topk_ids = torch.where(topk_ids < 0, topk_ids, expert_map[topk_ids.clamp(min=0)].to(topk_ids.dtype))
+            topk_ids = local_ids(topk_ids, expert_map)
         if apply_router_weight_on_input:
             topk_weights = torch.ones_like(topk_weights)
         output.copy_(

@@ -7,6 +7,7 @@ import torch
 from vllm_b200_plugin import vllm_compat
 from vllm_b200_plugin.features import NotForThisPlatform
 from vllm_b200_plugin.integration import report
+from vllm_b200_plugin.ops.moe import local_ids
 
 _Base: Any = vllm_compat.NVFP4_EMULATION_EXPERTS.get()
 GROUP_SIZE = 16
@@ -47,7 +48,7 @@ class B200CpuNvFp4Experts(_Base):
     ) -> None:
         """Write the layer's result, [num_tokens, hidden_size], to `output`."""
         if expert_map is not None:
-            topk_ids = torch.where(topk_ids < 0, topk_ids, expert_map[topk_ids.clamp(min=0)].to(topk_ids.dtype))
+            topk_ids = local_ids(topk_ids, expert_map)
         quant, dequantise = self.quant_config, vllm_compat.NVFP4_DEQUANTISE.get()
         x = self._quantise(hidden_states, quant.a1_gscale)
         parts = torch.zeros(*topk_ids.shape, hidden_states.shape[1], dtype=x.dtype)

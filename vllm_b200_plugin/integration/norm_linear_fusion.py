@@ -5,26 +5,22 @@ both. It norms and quantises in one kernel, which lets the GEMM start early: our
 while that kernel runs.
 """
 
-import hashlib
-import inspect
 import itertools
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch._inductor import pattern_matcher
 
-from vllm_b200_plugin import __version__, vllm_compat
+from vllm_b200_plugin import vllm_compat
 from vllm_b200_plugin.features import FeatureUnavailable
-from vllm_b200_plugin.integration import op_override, report
+from vllm_b200_plugin.integration import fusion_pass, op_override
 from vllm_b200_plugin.integration.fp8_block_op import Engine, gemm, machine, scales_of
 from vllm_b200_plugin.integration.packed_quant_fusion import BLOCK, NORM_EPS, add_norm, norm, norm_is_ours
 from vllm_b200_plugin.ops._library import torch_library
 from vllm_b200_plugin.ops.norm_quant import rms_norm_group_quant
 
 ENGINES = (Engine.FLASHINFER_DEEP_GEMM, Engine.DEEP_GEMM)
-_Base: Any = vllm_compat.INDUCTOR_PASS.get()
 _ours: Any = torch.ops.vllm_b200
 
 _LAYER = "Tensor norm_weight, Tensor weight, Tensor weight_scale, float norm_eps, ScalarType out_dtype, str engine"
@@ -65,14 +61,15 @@ def _add_norm_linear(x: torch.Tensor, residual: torch.Tensor, *layer: Any) -> tu
     return _norm_linear(x, *layer, residual=residual, total=total), total
 
 
-class NormLinearFusion(_Base):
-    """The pass. matched_count: places replaced in the last graph."""
+class NormLinearFusion(fusion_pass.FusionPass):
+    """The pass."""
+
+    line = "RMSNorm and FP8 block linear", "our fused norm and quantisation", "one op for both"
+    modules = (norm.__module__,)
 
     def __init__(self, dtype: torch.dtype) -> None:
         """dtype: of the model's activations."""
         super().__init__()
-        self.matched_count = 0
-        self._patterns = pattern_matcher.PatternMatcherPass(pass_name="b200_norm_linear_fusion")
         vllm_compat.ENABLE_FAKE_MODE.get()(self._register)(dtype)
 
     def _register(self, dtype: torch.dtype) -> None:
@@ -83,19 +80,9 @@ class NormLinearFusion(_Base):
             search, replace = (_with_sum if with_sum else _without)(eps, dtype, engine.value)
             examples = [*rows[: 1 + with_sum], norm_weight, weight, scale]
             pattern_matcher.register_replacement(
-                search, replace, examples, pattern_matcher.fwd_only, self._patterns, extra_check=norm_is_ours,
+                search, replace, examples, pattern_matcher.fwd_only, self.patterns, extra_check=norm_is_ours,
                 skip_duplicates=True,
             )  # fmt: skip
-
-    def __call__(self, graph: torch.fx.Graph) -> None:
-        self.matched_count = self._patterns.apply(graph)
-        if self.matched_count:
-            report.chosen("RMSNorm and FP8 block linear", "our fused norm and quantisation", "one op for both")
-
-    def uuid(self) -> str:
-        """What the patterns and replacements depend on: this module and the package's version."""
-        source = inspect.getsource(sys.modules[__name__])
-        return hashlib.sha256((__version__ + source).encode()).hexdigest()
 
 
 _Pair = tuple[Callable[..., Any], Callable[..., Any]]
@@ -132,21 +119,14 @@ def apply() -> None:
     """Have vLLM run the pass behind its own, once. Raises FeatureUnavailable where that cannot be done."""
     op_override.require_cuda()
     if (capability := vllm_compat.capability()) != (9, 0):
-        raise FeatureUnavailable(f"for compute capability 9.0, where it was measured; this GPU has {capability}")
-    install()
+        raise FeatureUnavailable(
+            f"for compute capability 9.0, where scales and GEMM go by the number of tokens; this GPU has {capability}"
+        )
+    fusion_pass.add(_make)
 
 
-def install() -> None:
-    manager = vllm_compat.POST_GRAD_PASSES.get()
-    if getattr(manager.configure, "_b200_norm_linear", False):
-        return
-    configure = manager.configure
-
-    def configured(self: Any, config: Any) -> None:
-        configure(self, config)
-        if config.model_config is not None and config.compilation_config.pass_config.fuse_norm_quant:
-            machine()
-            self.add(NormLinearFusion(config.model_config.dtype))
-
-    configured._b200_norm_linear = True  # type: ignore[attr-defined]
-    manager.configure = configured
+def _make(config: Any) -> NormLinearFusion | None:
+    if not config.compilation_config.pass_config.fuse_norm_quant:
+        return None
+    machine()
+    return NormLinearFusion(config.model_config.dtype)

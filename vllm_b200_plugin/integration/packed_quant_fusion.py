@@ -7,10 +7,8 @@ quantisation op and our FP8 block-scaled linear layer, which quantises inside: t
 GEMM.
 """
 
-import hashlib
 import inspect
 import itertools
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,8 +19,8 @@ from torch._inductor import pattern_matcher
 
 import vllm_b200_plugin.ops.gated_quant
 import vllm_b200_plugin.ops.norm_quant  # noqa: F401 - both define the ops
-from vllm_b200_plugin import __version__, vllm_compat
-from vllm_b200_plugin.integration import op_override, report
+from vllm_b200_plugin import vllm_compat
+from vllm_b200_plugin.integration import fusion_pass, op_override
 from vllm_b200_plugin.integration.fp8_block_op import Engine, machine
 from vllm_b200_plugin.ops.gated_quant import ACTIVATIONS
 from vllm_b200_plugin.ops.norm_quant import MAX_HIDDEN_SIZE
@@ -34,7 +32,6 @@ NORM_EPS = (1e-5, 1e-6)  # those that vLLM's passes know
 
 _GROUPS = {"group_size": GROUP_SIZE, "eps": QUANT_EPS, "ue8m0": True, "pad": True}
 
-_Base: Any = vllm_compat.INDUCTOR_PASS.get()
 _ours: Any = torch.ops.vllm_b200
 _Tensors = tuple[torch.Tensor, ...]
 
@@ -136,14 +133,14 @@ _QUANT_OP = Consumer(
 )
 
 
-class PackedQuantFusion(_Base):
-    """The pass. matched_count: places replaced in the last graph."""
+class PackedQuantFusion(fusion_pass.FusionPass):
+    """The pass."""
+
+    line = "RMSNorm or silu_and_mul, and packed quantisation", "our fused kernels", "vLLM's passes leave them apart"
 
     def __init__(self, dtype: torch.dtype, norms: bool, activations: bool) -> None:
         """dtype: of the model's activations. norms, activations: which of the two to fuse."""
         super().__init__()
-        self.matched_count = 0
-        self._patterns = pattern_matcher.PatternMatcherPass(pass_name="b200_packed_quant_fusion")
         producers: list[Producer] = []
         if norms:
             producers += [make(eps) for make, eps in itertools.product((add_norm, norm), NORM_EPS)]
@@ -159,19 +156,8 @@ class PackedQuantFusion(_Base):
             search, replace = _functions(producer, consumer)
             examples = [_example(name, dtype) for name in inspect.signature(search).parameters]
             pattern_matcher.register_replacement(
-                search, replace, examples, pattern_matcher.fwd_only, self._patterns, extra_check=norm_is_ours
+                search, replace, examples, pattern_matcher.fwd_only, self.patterns, extra_check=norm_is_ours
             )
-
-    def __call__(self, graph: torch.fx.Graph) -> None:
-        self.matched_count = self._patterns.apply(graph)
-        if self.matched_count:
-            kinds = "RMSNorm or silu_and_mul, and packed quantisation"
-            report.chosen(kinds, "our fused kernels", "vLLM's passes leave them apart")
-
-    def uuid(self) -> str:
-        """What the patterns and replacements depend on: this module and the package's version."""
-        source = inspect.getsource(sys.modules[__name__])
-        return hashlib.sha256((__version__ + source).encode()).hexdigest()
 
 
 def _functions(producer: Producer, consumer: Consumer) -> tuple[Callable[..., _Tensors], Callable[..., _Tensors]]:
@@ -219,17 +205,12 @@ def _has_rows(x: torch.Tensor) -> bool:
 def apply() -> None:
     """Have vLLM run the pass behind its own, once. Raises FeatureUnavailable where that cannot be done."""
     op_override.require_cuda()
-    manager = vllm_compat.POST_GRAD_PASSES.get()
-    if hasattr(manager.configure, "_b200"):
-        return
-    configure = manager.configure
+    fusion_pass.add(_make)
 
-    def configured(self: Any, config: Any) -> None:
-        configure(self, config)
-        passes = config.compilation_config.pass_config
-        if config.model_config is not None and (passes.fuse_norm_quant or passes.fuse_act_quant):
-            dtype = config.model_config.dtype
-            self.add(PackedQuantFusion(dtype, norms=passes.fuse_norm_quant, activations=passes.fuse_act_quant))
 
-    configured._b200 = True  # type: ignore[attr-defined]
-    manager.configure = configured
+def _make(config: Any) -> PackedQuantFusion | None:
+    passes = config.compilation_config.pass_config
+    if not (passes.fuse_norm_quant or passes.fuse_act_quant):
+        return None
+    dtype = config.model_config.dtype
+    return PackedQuantFusion(dtype, norms=passes.fuse_norm_quant, activations=passes.fuse_act_quant)

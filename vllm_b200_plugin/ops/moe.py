@@ -94,6 +94,11 @@ def _linear(
     return fp8_block_scaled_mm(q, q_scale, weight, scale, block_shape, out_dtype)
 
 
+def local_ids(topk_ids: torch.Tensor, expert_map: torch.Tensor) -> torch.Tensor:
+    """topk_ids as indices of the experts here, -1 for those that are not; expert_map as for few_tokens_moe."""
+    return torch.where(topk_ids < 0, topk_ids, expert_map[topk_ids.clamp(min=0)].to(topk_ids.dtype))
+
+
 def _check(
     x: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor
 ) -> None:

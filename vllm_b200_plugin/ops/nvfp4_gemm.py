@@ -127,17 +127,7 @@ torch_library.define(
 
 
 @torch.library.register_fake(f"vllm_b200::{_OP}", lib=torch_library)
-def _fake(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    weight_scale: torch.Tensor,
-    weight_global_scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    out: torch.Tensor,
-    swizzled: bool,
-    pdl: bool,
-    config: list[int],
-) -> None:
+def _fake(*args: object) -> None:
     return None
 
 

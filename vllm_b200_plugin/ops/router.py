@@ -1,5 +1,7 @@
 """A layer's router for few tokens: the gate, and the gate with the selection of experts in one kernel."""
 
+from typing import Any
+
 import torch
 
 from vllm_b200_plugin.ops import _library
@@ -144,19 +146,11 @@ def _router_cpu(
     weights: torch.Tensor,
     ids: torch.Tensor,
     source_rows: torch.Tensor | None,
-    topk: int,
-    scoring: int,
-    renormalize: bool,
-    scale: float,
-    num_groups: int,
-    topk_group: int,
-    bias: torch.Tensor | None,
-    is_padding: torch.Tensor | None,
-    pdl: bool = False,
+    *rule: Any,
 ) -> None:
+    """rule: what select_reference takes after these, and maybe pdl."""
     _router_gate_cpu(x, weight, logits)
-    rule = topk, scoring, renormalize, scale, num_groups, topk_group
-    select_reference(logits, weights, ids, source_rows, *rule, bias, is_padding)
+    select_reference(logits, weights, ids, source_rows, *rule[:8])
 
 
 _library.status()

@@ -21,6 +21,7 @@ The biases have to be finite: with -Inf, which of the experts without a chance i
 
 import enum
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -239,18 +240,10 @@ def _topk_cpu(
     weights: torch.Tensor,
     ids: torch.Tensor,
     source_rows: torch.Tensor | None,
-    topk: int,
-    scoring: int,
-    renormalize: bool,
-    scale: float,
-    num_groups: int,
-    topk_group: int,
-    bias: torch.Tensor | None,
-    is_padding: torch.Tensor | None,
-    pdl: bool = False,
+    *rule: Any,
 ) -> None:
-    rule = topk, scoring, renormalize, scale, num_groups, topk_group
-    select_reference(logits, weights, ids, source_rows, *rule, bias, is_padding)
+    """rule: what select_reference takes after these, and maybe pdl."""
+    select_reference(logits, weights, ids, source_rows, *rule[:8])
 
 
 _library.status()
