@@ -103,7 +103,7 @@ def test_imports_no_vllm():
     assert done.stdout.strip() == "False"
 
 
-@pytest.mark.parametrize("hidden_size, intermediate_size, limit", [(2048, 768, 8), (2048, 384, 8)])
+@pytest.mark.parametrize("hidden_size, intermediate_size, limit", [(2048, 768, 16), (2048, 384, 16)])
 def test_experts_for_few_tokens_end_at_the_limit(hidden_size, intermediate_size, limit):
     layer = (8, 128, hidden_size, intermediate_size, (9, 0))
     assert dispatch.few_tokens_limit(*layer) == limit

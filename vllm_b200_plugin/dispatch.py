@@ -34,7 +34,7 @@ PLAIN_SCALES_BELOW = 32
 # (benchmarks/results/h200/fused_experts.jsonl): 128 experts of 2048x768, 8 a token, 19 us against 28 with one token, 32
 # against 37 with two, 47 against 51 with four, 82 against 86 with eight, 126 against 119 with 16. 256 experts of
 # 7168x2048: 98 us against 103 with one token, the same with four, slower with 16.
-FEW_TOKENS_MOE = 8
+FEW_TOKENS_MOE = 16
 LARGE_EXPERT_BYTES = 8 << 20
 MIN_TOPK = 4  # fewer leave warps without work
 

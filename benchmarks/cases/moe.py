@@ -184,3 +184,9 @@ def few_tokens_tests() -> Iterator[FewTokensCase]:
     yield FewTokensCase(1, 5, 2, 1152, 1536)
     yield FewTokensCase(4, 300, 8, 256, 128, ids="int64")
     yield FewTokensCase(9, 4, 2, 512, 1408, "one_expert", ue8m0=True)
+    yield FewTokensCase(6, 1023, 3, 128, 128)
+    yield FewTokensCase(2, 1, 1, 128, 128)
+    # Rows of more than 2048 bytes, which come in pieces.
+    yield FewTokensCase(5, 3, 2, 2304, 256)
+    yield FewTokensCase(12, 3, 2, 2304, 1152, "one_empty")
+    yield FewTokensCase(2, 3, 2, 8192, 128)

@@ -44,8 +44,7 @@ void few_tokens_moe_op(const Tensor& x, const Tensor& w13, const Tensor& w13_sca
   STD_TORCH_CHECK(hidden_size % 128 == 0 && intermediate_size % 128 == 0 && hidden_size > 0 && intermediate_size > 0 &&
                       intermediate_size < (1 << 20),
                   "hidden and intermediate size: take multiples of 128, got ", hidden_size, " and ", intermediate_size);
-  STD_TORCH_CHECK(hidden_size <= 128 * kMaxBlocks, "hidden size: takes ", 128 * kMaxBlocks, " at most, got ",
-                  hidden_size);
+  STD_TORCH_CHECK(hidden_size <= kMaxHiddenSize, "hidden size: takes ", kMaxHiddenSize, " at most, got ", hidden_size);
   STD_TORCH_CHECK(num_experts > 0 && num_experts <= kMaxExperts, "w13: takes 1 to ", kMaxExperts, " experts, got ",
                   num_experts);
   STD_TORCH_CHECK(num_tokens * top_k <= kMaxAssignments, "topk_ids: takes ", kMaxAssignments, " ids at most, got ",
@@ -105,7 +104,6 @@ void few_tokens_moe_op(const Tensor& x, const Tensor& w13, const Tensor& w13_sca
   params.pdl = pdl;
 
   const torch::stable::accelerator::DeviceGuard guard(device);
-  check_launch(configure_few_tokens_moe(params), "few_tokens_moe");
   check_launch(few_tokens_moe(params, current_stream(device)), "few_tokens_moe");
 }
 

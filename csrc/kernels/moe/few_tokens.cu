@@ -2,562 +2,474 @@
 
 #include <algorithm>
 
-#include "../common/bulk_copy.cuh"
-#include "../common/launch.cuh"
-#include "../quant/quantizers.cuh"
-#include "routing.cuh"
+#include "few_tokens.cuh"
 
-// Two kernels, each a set of independent warps. A warp's unit of work is a tile
-// of 16 rows of one expert's weights times up to 8 tokens of that expert: the
-// weights are the mma's A operand, the tokens the 8 columns of B, quantised in
-// registers. The weights come through the warp's own ring in shared memory, so
-// that warps never wait for each other, in pieces of up to 1 KiB of a row:
-// shorter ones do not reach the memory's bandwidth. The warp fetches ahead
-// across tiles.
+// Two kernels. In each block a warp or two fetch the weights into rings, far ahead, and the others, in two teams that
+// take turns, share the columns of a tile out among them. All blocks find the batch's experts from topk_ids by
+// themselves: no sorting, padding or quantising launches.
 //
-// Within a 64-byte half of a block the k index is permuted alike in A and B, so
-// that a lane's 16 contiguous bytes feed two mma.m16n8k32.
+// gate_up_kernel: a tile is 8 rows of the gate and the 8 of the other half that belong to the same columns, so that a
+// lane holds both factors of silu(gate) * up, which it writes to `hidden`, by places (see Entry).
 //
-// gate_up_kernel: a tile is 8 rows of the gate and the 8 of the other half that
-// belong to the same columns, so that a lane holds both factors of
-// silu(gate) * up. It writes them to `hidden`.
-//
-// down_kernel: a block owns 16 columns of the output and takes all experts;
-// each (assignment, part of K) gets its own sums in shared memory, so that the
-// sum over a token's experts runs in the order of its slots whatever else is in
-// the batch. It starts while gate_up_kernel runs and fetches its first weights.
+// down_kernel: a block owns 16 columns of the output. One team takes the experts of even numbers, the other those of
+// odd ones, in their order, so that a row's sum runs in one order whatever else is in the batch. It starts where blocks
+// of gate_up_kernel have ended, and fetches its first weights.
 
 namespace vllm_b200 {
 namespace {
 
-constexpr int kRows = 16;
-constexpr int kBlock = 128;  // columns that share a scale
-constexpr int kPair = 2;     // blocks that are multiplied together
-constexpr int kRowPadding = 64;  // bytes; eight rows' 16-byte loads then hit all banks
-constexpr int kMaxWarps = 16;
-constexpr float kEps = 1e-10f;
+// Of a thread, for the 18 warps that rows of w2 of 1024 and more bytes take.
+constexpr int kRegisters = 96;
 
-using Fp8 = __nv_fp8_e4m3;
-using Bf16 = __nv_bfloat16;
-
-__device__ __forceinline__ void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
-                                    uint32_t b1) {
-  asm("mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-      "{%0, %1, %2, %3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-
-__host__ __device__ constexpr int stage_bytes(const StreamConfig& config) {
-  return kRows * (config.chunk * kBlock + kRowPadding);
-}
-
-// What is still to be fetched of a tile: 8 rows from `upper` and 8 from `lower` on. No blocks: there is no tile left.
-struct Rows {
-  const uint8_t *upper = nullptr, *lower = nullptr;
-  int blocks = 0;
-};
-
-// A warp's ring. Slots are filled and emptied in turn, each refilled right after it is emptied.
-struct Ring {
-  uint32_t data, barriers;  // shared memory
-  int stride, chunk, stages;
-  int64_t pitch;  // of the weights, in bytes
-  int slot = 0;
-  uint32_t parity = 0;
-  uint64_t policy = evict_first_policy();
-  Rows rows;
-
-  __device__ Ring(uint32_t data, uint32_t barriers, const StreamConfig& config, int64_t pitch)
-      : data(data + threadIdx.x / 32 * config.stages * stage_bytes(config)),
-        barriers(barriers + threadIdx.x / 32 * config.stages * 8),
-        stride(config.chunk * kBlock + kRowPadding),
-        chunk(config.chunk),
-        stages(config.stages),
-        pitch(pitch) {
-    if (threadIdx.x % 32 == 0) {
-      for (int i = 0; i < stages; ++i) barrier_init(this->barriers + 8 * i, 1);
-      barrier_init_fence();
-    }
-    __syncwarp();
-  }
-  // The next chunk into a slot; next_rows() gives the next tile.
-  template <typename NextRows>
-  __device__ __forceinline__ void fetch(int slot, NextRows&& next_rows) {
-    if (rows.blocks == 0) rows = next_rows();
-    if (rows.blocks == 0) return;
-    const int blocks = min(rows.blocks, chunk), bytes = blocks * kBlock;
-    if (elect_lane()) {
-      const uint32_t barrier = barriers + 8 * slot, destination = data + slot * kRows * stride;
-      barrier_expect(barrier, kRows * bytes);
-#pragma unroll
-      for (int i = 0; i < kRows / 2; ++i) {
-        bulk_copy(destination + i * stride, rows.upper + i * pitch, bytes, barrier, policy);
-        bulk_copy(destination + (i + kRows / 2) * stride, rows.lower + i * pitch, bytes, barrier, policy);
-      }
-    }
-    rows.blocks -= blocks;
-    rows.upper += bytes, rows.lower += bytes;
-  }
-  template <typename NextRows>
-  __device__ __forceinline__ void fill(NextRows&& next_rows) {
-    for (int i = 0; i < stages; ++i) fetch(i, next_rows);
-  }
-  // The address of the oldest chunk, once it is here.
-  __device__ __forceinline__ uint32_t wait() const {
-    barrier_wait(barriers + 8 * slot, parity);
-    return data + slot * kRows * stride;
-  }
-  // After the last read of the oldest chunk.
-  template <typename NextRows>
-  __device__ __forceinline__ void refill(NextRows&& next_rows) {
-    __syncwarp();
-    fetch(slot, next_rows);
-    if (++slot == stages) slot = 0, parity ^= 1;
-  }
-};
-
-// What a warp needs of a tile besides its weights. Loaded one tile ahead.
-struct Tile {
-  int first = 0, count = 0;  // of the entry
-  int log_rows = 0;          // 8 columns of B hold 1 << log_rows tokens
-  int blocks = 0;
-  int column = 0, part = 0;
-  const Bf16* row = nullptr;  // of activations: the calling lane's, at its columns of the first block; null: none
-  float upper[2], lower[2];   // scales of the weights: lane i's are those of blocks i and 32 + i
-
-  __device__ __forceinline__ void load_scales(const float* upper_source, const float* lower_source) {
-    const int lane = threadIdx.x % 32;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const bool exists = 32 * i + lane < blocks;
-      upper[i] = exists ? __ldg(upper_source + 32 * i + lane) : 0.0f;
-      lower[i] = exists ? __ldg(lower_source + 32 * i + lane) : 0.0f;
-    }
-  }
-  __device__ __forceinline__ void set_entry(const Entry& entry) {
-    first = entry.first, count = entry.count;
-    log_rows = count <= 1 ? 0 : 32 - __clz(count - 1);
-  }
-  // Which token of the entry the calling lane quantises; none where that is not below count.
-  __device__ __forceinline__ int lane_token() const { return threadIdx.x % 32 / 4 & ((1 << log_rows) - 1); }
-};
-
-// The B operand: blocks of 128 columns of up to 8 rows, quantised. Four lanes hold a block of a row, 32 elements each.
-// Fewer than 8 rows leave lanes over, which take the blocks that follow, so that a round quantises
-// 8 >> log_rows blocks.
-template <bool kPow2>
-struct Activations {
-  Chunk<Bf16> low, high;  // of the next round
-  uint32_t q[8];          // of this round
-  float scale;
-
-  __device__ __forceinline__ void load(const Tile& tile, int first_block) {
-    const int block = first_block + (threadIdx.x % 32 / 4 >> tile.log_rows);
-    low = high = {};
-    if (tile.row != nullptr && block < tile.blocks) {
-      load_chunk<Bf16, true>(low, tile.row + block * kBlock);
-      load_chunk<Bf16, true>(high, tile.row + block * kBlock + kBlock / 2);
-    }
-  }
-  __device__ __forceinline__ void quantize() {
-    using Divide = std::conditional_t<kPow2, PowerOfTwoDivisor, Divisor>;
-    // Four lanes hold a group as they would one of 64 elements.
-    scale = group_scale<Fp8, 4 * kChunk, kPow2>(max(absmax_bits(low), absmax_bits(high)), kEps);
-    const Divide divide(scale);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const Chunk<Bf16>& chunk = i < 4 ? low : high;
-      const float2 a = unpack_pair(chunk, 2 * (i % 4)), b = unpack_pair(chunk, 2 * (i % 4) + 1);
-      q[i] = pack_bytes(static_cast<Fp8*>(nullptr), divide(a.x), divide(a.y), divide(b.x), divide(b.y));
-    }
-  }
-};
-
-// acc = tile's weights * its activations. acc[0], acc[1]: row lane / 4, columns lane % 4 * 2 and the one after;
-// acc[2], acc[3]: 8 rows further. Leaves the first round of the next tile's activations under way.
-template <int kLogRows, bool kPow2, typename NextRows>
-__device__ __forceinline__ void multiply(float (&acc)[4], Ring& ring, NextRows&& next_rows, Activations<kPow2>& x,
-                                         const Tile& tile, const Tile& next) {
-  constexpr int kTokens = 1 << kLogRows, kRound = kTileTokens >> kLogRows;
-  const int lane = threadIdx.x % 32, group = lane / 4, quad = lane % 4;
-  const int source = group % kTokens * 4 + quad;
-  const int column0 = 2 * quad % kTokens * 4, column1 = (2 * quad + 1) % kTokens * 4;
-  auto start_round = [&](int block) {
-    x.quantize();
-    if (block + kRound < tile.blocks) {
-      x.load(tile, block + kRound);
-    } else {
-      x.load(next, 0);
-    }
-  };
-#pragma unroll
-  for (int i = 0; i < 4; ++i) acc[i] = 0.0f;
-  int chunk_end = 0;
-  uint32_t weights = 0;
-  for (int block = 0; block < tile.blocks; block += kPair) {
-    if (block % kRound == 0) start_round(block);
-    if (block == chunk_end) {
-      weights = ring.wait() + group * ring.stride + quad * 16;
-      chunk_end = min(block + ring.chunk, tile.blocks);
-    }
-    uint4 upper[kPair][2], lower[kPair][2];
-#pragma unroll
-    for (int i = 0; i < kPair; ++i) {
-      if (i > 0 && block + i >= tile.blocks) break;
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        upper[i][half] = load_shared(weights + i * kBlock + half * 64);
-        lower[i][half] = load_shared(weights + i * kBlock + half * 64 + kRows / 2 * ring.stride);
-      }
-    }
-    weights += kPair * kBlock;
-    if (block + kPair >= chunk_end) ring.refill(next_rows);
-#pragma unroll
-    for (int i = 0; i < kPair; ++i) {
-      if (i > 0 && block + i >= tile.blocks) break;
-      if (i > 0 && kRound == 1) start_round(block + i);
-      const int shift = (block + i) % kRound * kTokens * 4;
-      uint32_t b[8];
-#pragma unroll
-      for (int j = 0; j < 8; ++j) b[j] = __shfl_sync(kFullWarp, x.q[j], source + shift);
-      const float x0 = __shfl_sync(kFullWarp, x.scale, column0 + shift);
-      const float x1 = __shfl_sync(kFullWarp, x.scale, column1 + shift);
-      const float w0 = __shfl_sync(kFullWarp, block < 32 ? tile.upper[0] : tile.upper[1], (block + i) % 32);
-      const float w1 = __shfl_sync(kFullWarp, block < 32 ? tile.lower[0] : tile.lower[1], (block + i) % 32);
-      float sum[2][4] = {};
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const uint4 a = upper[i][half], c = lower[i][half];
-        mma(sum[half], a.x, c.x, a.y, c.y, b[4 * half], b[4 * half + 1]);
-        mma(sum[half], a.z, c.z, a.w, c.w, b[4 * half + 2], b[4 * half + 3]);
-      }
-      acc[0] += (sum[0][0] + sum[1][0]) * (x0 * w0);
-      acc[1] += (sum[0][1] + sum[1][1]) * (x1 * w0);
-      acc[2] += (sum[0][2] + sum[1][2]) * (x0 * w1);
-      acc[3] += (sum[0][3] + sum[1][3]) * (x1 * w1);
-    }
-  }
-}
-
-// `tile` and those after it. next_rows() and next_tile() give a warp's tiles in the same order, finish(tile, acc) takes
-// the result. The first chunks are under way.
-template <bool kPow2, bool kOneToken, typename NextRows, typename NextTile, typename Finish>
-__device__ __forceinline__ void multiply_all(Tile tile, Ring& ring, NextRows&& next_rows, NextTile&& next_tile,
-                                             Finish&& finish) {
-  Activations<kPow2> x;
-  x.load(tile, 0);
-  while (tile.blocks > 0) {
-    const Tile next = next_tile();
-    float acc[4];
-    switch (kOneToken ? 0 : tile.log_rows) {
-      case 0: multiply<0>(acc, ring, next_rows, x, tile, next); break;
-      case 1: multiply<1>(acc, ring, next_rows, x, tile, next); break;
-      case 2: multiply<2>(acc, ring, next_rows, x, tile, next); break;
-      default: multiply<3>(acc, ring, next_rows, x, tile, next); break;
-    }
-    finish(tile, acc);
-    tile = next;
-  }
-}
-
-// What both kernels know of the batch. One token needs no sorting: its slots are the entries, lane i holds the expert
-// of slot i.
-template <bool kOneToken>
-struct Batch {
-  Routing& routing;
-  int num_entries;
-  int expert = -1;
-
-  __device__ Batch(Routing& routing, const FewTokensMoeParams& p) : routing(routing) {
-    if constexpr (kOneToken) {
-      const int lane = threadIdx.x % 32;
-      if (lane < p.top_k) expert = local_expert(p, lane);
-      num_entries = p.top_k;
-    } else {
-      sort_assignments(routing, p);
-      num_entries = routing.num_entries;
-    }
-  }
-  __device__ __forceinline__ bool is_here(int assignment) const {
-    if constexpr (kOneToken) return expert >= 0;  // asked by thread `assignment`
-    return routing.assigned[assignment] != Routing::kNobody;
-  }
-  // The whole warp asks.
-  __device__ __forceinline__ Entry entry(int index) const {
-    if constexpr (kOneToken) return {__shfl_sync(kFullWarp, expert, index), index, 1};
-    return routing.entry(index);
-  }
-  __device__ __forceinline__ int assignment(int first, int column) const {
-    if constexpr (kOneToken) return first;
-    return routing.order[first + column];
-  }
-};
-
-// The dynamic shared memory: barriers | Routing, for several tokens | weights | sums | rings.
-struct Layout {
-  int routing, weights, sums, rings, end;
-
-  __host__ __device__ Layout(const StreamConfig& config, int num_tokens, int num_assignments, int num_sums) {
-    routing = round_up(8 * config.warps * config.stages);
-    weights = routing + (num_tokens > 1 ? sizeof(Routing) : 0);
-    sums = weights + round_up(4 * num_assignments);
-    rings = sums + round_up(4 * num_sums);
-    end = rings + config.warps * config.stages * stage_bytes(config);
-  }
-  __host__ __device__ static constexpr int round_up(int bytes) { return (bytes + 15) / 16 * 16; }
-};
+constexpr int kGateUpWarps = 8;  // besides the one that fetches
+constexpr int kGateUpThreads = 32 * kGateUpWarps;
+constexpr int kTeams = 2;  // of the warps that multiply
+constexpr int kTeamWarps = kGateUpWarps / kTeams, kTeamThreads = 32 * kTeamWarps;
+using GateUpRows = RowChunks<16>;
+using DownRows = RowChunks<8>;  // each block of a chunk has a warp
 
 __device__ __forceinline__ float silu(float x) { return __fdividef(x, 1.0f + __expf(-x)); }
 __device__ __forceinline__ float rounded(float x) { return __bfloat162float(__float2bfloat16_rn(x)); }
 
-template <bool kPow2, bool kOneToken>
-__global__ void __launch_bounds__(32 * kMaxWarps, 1) gate_up_kernel(const __grid_constant__ FewTokensMoeParams p) {
-  extern __shared__ __align__(128) unsigned char shared[];
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, group = lane / 4, quad = lane % 4;
-  const Layout layout(p.gate_up, p.num_tokens, 0, 0);
-  Ring ring(shared_address(shared + layout.rings), shared_address(shared), p.gate_up, p.hidden_size);
+// The dynamic shared memory: barriers | assignments | scales of x | partial sums | quantised x | ring.
+struct GateUpLayout {
+  GateUpRows rows;
+  int assignments, scales, partials, quantised, ring, end;
+
+  __host__ __device__ GateUpLayout(const FewTokensMoeParams& p, int stages) : rows(p.hidden_size) {
+    assignments = Ring::barrier_bytes(stages);
+    scales = round_up(assignments + Assignments::bytes(p), 16);
+    partials = round_up(scales + 4 * rows.blocks * p.num_tokens, 16);
+    quantised = partials + 2 * kGateUpThreads * 16 * (p.num_tokens > kTileTokens ? 2 : 1);
+    ring = round_up(quantised + p.num_tokens * p.hidden_size, 128);
+    end = ring + stages * rows.stage_bytes();
+  }
+};
+
+// A tile of gate_up_kernel; they are counted expert by expert.
+struct Cursor {
+  int tile, entry, column_tile;  // column_tile: of the entry
+
+  __device__ Cursor(int tile, int expert_tiles)
+      : tile(tile), entry(tile / expert_tiles), column_tile(tile - entry * expert_tiles) {}
+  __device__ __forceinline__ void advance(int expert_tiles) {
+    ++tile;
+    if (++column_tile == expert_tiles) column_tile = 0, ++entry;
+  }
+};
+
+template <bool kPow2, int kSets>
+__global__ void __maxnreg__(kRegisters) gate_up_kernel(const __grid_constant__ FewTokensMoeParams p, int stages) {
+  constexpr int kBatch = 2 * kSets;  // blocks of x that a lane loads at once
+  extern __shared__ __align__(128) uint8_t shared[];
+  const int lane = threadIdx.x % 32, warp = warp_index(), group = lane / 4, quad = lane % 4;
+  const GateUpLayout layout(p, stages);
+  const GateUpRows rows = layout.rows;
+  Ring ring = {shared_address(shared + layout.ring), shared_address(shared), stages, rows.stage_bytes()};
+  Assignments assignments(shared + layout.assignments, p);
+  float* const scales = reinterpret_cast<float*>(shared + layout.scales);
+  if (threadIdx.x == 0) ring.init(1);
+  assignments.clear(p);
+  // x is quantised by pairs of a block and a token.
+  const int pairs = rows.blocks * p.num_tokens;
+  int pair = warp * 8 + group;
+  const Bf16* sources[kBatch];
+  Group<kPow2> x[kBatch];
+  auto find_x = [&] {
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const int p_i = pair + 8 * kGateUpWarps * i, block = p_i / p.num_tokens;
+      sources[i] = static_cast<const Bf16*>(p.x) + (p_i - block * p.num_tokens) * p.x_stride + block * kBlock;
+    }
+  };
+  auto load_x = [&] {
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      if (pair + 8 * kGateUpWarps * i < pairs) x[i].load(sources[i]);
+    }
+  };
+  find_x();
+  __syncthreads();
 
   pdl_wait();
   // After the wait and not before: down_kernel reads topk_ids and topk_weights as soon as all blocks have come here.
   pdl_trigger();
-  const Batch<kOneToken> batch(*reinterpret_cast<Routing*>(shared + layout.routing), p);
+  // Before the weights are asked for, behind which it would have to wait.
+  if (warp < kGateUpWarps) load_x();
+  assignments.collect<false>(p);
 
-  const int blocks = p.hidden_size / kBlock, tiles = p.intermediate_size / 8, scale_rows = p.intermediate_size / kBlock;
-  const int num_items = batch.num_entries * tiles, step = gridDim.x * p.gate_up.warps;
-  const int first_item = blockIdx.x + gridDim.x * warp;
-  // The item from `item` on that has work, with its entry; num_items or more: none.
-  auto find = [&](int& item, Entry& entry) {
-    for (; item < num_items; item += step) {
-      entry = batch.entry(item / tiles);
-      if (!kOneToken || entry.expert >= 0) return true;
+  const int expert_tiles = p.intermediate_size / (kRows / 2), tiles = assignments.size() * expert_tiles;
+  const int block = blockIdx.x, share = tiles / static_cast<int>(gridDim.x), rest = tiles % static_cast<int>(gridDim.x);
+  const int begin = share * block + min(block, rest), end = begin + share + (block < rest);
+
+  if (warp == kGateUpWarps) {
+    if (!elect_lane()) return;
+    const uint64_t policy = evict_first_policy();
+    const int64_t half = int64_t{p.intermediate_size} * p.hidden_size;
+#pragma unroll 1
+    for (Cursor at(begin, expert_tiles); at.tile < end; at.advance(expert_tiles)) {
+      const uint8_t* const first = static_cast<const uint8_t*>(p.w13) + 2 * assignments[at.entry].expert * half +
+                                   int64_t{at.column_tile} * (kRows / 2) * p.hidden_size;
+#pragma unroll 1
+      for (int chunk = 0; chunk < rows.chunks; ++chunk) {
+        ring.fetch(first + (p.up_first ? half : 0), first + (p.up_first ? 0 : half), chunk * rows.largest() * kBlock,
+                   rows.blocks_of(chunk) * kBlock, p.hidden_size, policy);
+      }
     }
-    return false;
-  };
+    return;
+  }
 
-  int fetched_item = first_item;
-  auto next_rows = [&] {
-    Rows rows;
-    Entry entry;
-    if (!find(fetched_item, entry)) return rows;
-    const int64_t half = static_cast<int64_t>(p.intermediate_size) * p.hidden_size;
-    const int64_t column = fetched_item % tiles * 8;
-    const uint8_t* first = static_cast<const uint8_t*>(p.w13) + 2 * entry.expert * half + column * p.hidden_size;
-    rows.upper = first + (p.up_first ? half : 0);
-    rows.lower = first + (p.up_first ? 0 : half);
-    rows.blocks = blocks;
-    fetched_item += step;
-    return rows;
+  // Lane 2 i has the gate's scale of the warp's block i, lane 2 i + 1 that of the other half.
+  const int team = warp / kTeamWarps, member = warp % kTeamWarps;
+  // The teams take turns with the tiles, where that gives each its own buffers.
+  const int teams = rows.chunks == 1 && stages % kTeams == 0 ? kTeams : 1;
+  const int scale_rows = p.intermediate_size / kBlock, scale_block = member + lane / 2 * kTeamWarps;
+  const float* const scale_source =
+      p.w13_scale + (lane % 2 != p.up_first ? scale_rows * rows.blocks : 0) + scale_block;
+  auto scale_of = [&](const Cursor& cursor) {
+    if (cursor.tile >= end || scale_block >= rows.blocks) return 0.0f;
+    const int row = 2 * assignments[cursor.entry].expert * scale_rows + cursor.column_tile * (kRows / 2) / kBlock;
+    return __ldg(scale_source + int64_t{row} * rows.blocks);
   };
-  ring.fill(next_rows);
+  Cursor at(begin + team, expert_tiles);
+  float next_scale = scale_of(at);
 
-  int tile_item = first_item;
-  auto next_tile = [&] {
-    Tile tile;
-    Entry entry;
-    if (!find(tile_item, entry)) return tile;
-    tile.set_entry(entry);
-    tile.blocks = blocks;
-    tile.column = tile_item % tiles * 8;
-    if (tile.lane_token() < entry.count) {
-      const int token = kOneToken ? 0 : batch.assignment(entry.first, tile.lane_token()) / p.top_k;
-      tile.row = static_cast<const Bf16*>(p.x) + token * p.x_stride + quad * 16;
+  while (true) {
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const int p_i = pair + 8 * kGateUpWarps * i;
+      const float s = x[i].quantize(shared + layout.quantised + p_i * kBlock, p_i % p.num_tokens, p_i < pairs);
+      if (quad == 0 && p_i < pairs) scales[p_i] = s;
     }
-    const int64_t scale_row = static_cast<int64_t>(entry.expert) * 2 * scale_rows + tile.column / kBlock;
-    const float* scales = p.w13_scale + scale_row * blocks;
-    tile.load_scales(scales + (p.up_first ? scale_rows * blocks : 0), scales + (p.up_first ? 0 : scale_rows * blocks));
-    tile_item += step;
-    return tile;
-  };
+    pair += 8 * kGateUpWarps * kBatch;
+    if (__all_sync(kFullWarp, pair >= pairs)) break;
+    find_x();
+    load_x();
+  }
+  sync_threads(1, kGateUpThreads);
+  if (team >= teams) return;
 
-  multiply_all<kPow2, kOneToken>(next_tile(), ring, next_rows, next_tile, [&](const Tile& tile, const float (&acc)[4]) {
+  // Columns without a token take another's: nobody reads their sums.
+  const int last = p.num_tokens - 1;
+  uint32_t column_of[kSets];
+  const float* column_scales[kSets][2];
+#pragma unroll
+  for (int set = 0; set < kSets; ++set) {
+    const int token = min(8 * set + group, last);
+    column_of[set] = shared_address(shared + layout.quantised) + (member * p.num_tokens + token) * kBlock +
+                     quantised_half(token, 0) + quad * 16;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      if (2 * quad + i >= tile.count) continue;
-      const int64_t assignment = batch.assignment(tile.first, 2 * quad + i);
-      static_cast<Bf16*>(p.hidden)[assignment * p.intermediate_size + tile.column + group] =
-          __float2bfloat16_rn(silu(rounded(acc[i])) * rounded(acc[2 + i]));
+      column_scales[set][i] = scales + member * p.num_tokens + min(8 * set + 2 * quad + i, last);
     }
-    __syncwarp();
-  });
+  }
+  auto other_half = [&](int set) {
+    const int token = min(8 * set + group, last);
+    return quantised_half(token, 1) - quantised_half(token, 0);
+  };
+  float4* const partials =
+      reinterpret_cast<float4*>(shared + layout.partials) + team * 2 * kSets * kTeamThreads + lane;
+  for (int i = 0; i < team; ++i) ring.advance();
+
+#pragma unroll 1
+  for (int turn = 0; at.tile < end; ++turn) {
+    const Cursor current = at;
+    const float scale = next_scale;
+    for (int i = 0; i < teams; ++i) at.advance(expert_tiles);
+    next_scale = scale_of(at);
+    float sum[kSets][4] = {};
+    int mine = 0;  // of the warp's blocks
+#pragma unroll 1
+    for (int chunk = 0; chunk < rows.chunks; ++chunk) {
+      const int blocks = rows.blocks_of(chunk), pitch = blocks * kBlock;
+      const uint32_t weights = ring.wait();
+#pragma unroll kSets == 1 ? 2 : 1
+      for (int block = member; block < blocks; block += kTeamWarps, ++mine) {
+        WeightBlock w;
+        w.load(weights + block * kBlock + WeightBlock::lane_offset(pitch), pitch);
+        const float gate_scale = __shfl_sync(kFullWarp, scale, 2 * mine);
+        const float up_scale = __shfl_sync(kFullWarp, scale, 2 * mine + 1);
+        const int offset = mine * kTeamWarps * p.num_tokens;
+#pragma unroll
+        for (int set = 0; set < kSets; ++set) {
+          const uint32_t address = column_of[set] + offset * kBlock;
+          const uint4 column[2] = {load_shared(address), load_shared(address + other_half(set))};
+          const float x0 = column_scales[set][0][offset], x1 = column_scales[set][1][offset];
+          float product[4];
+          w.multiply(product, column);
+          sum[set][0] += product[0] * (x0 * gate_scale);
+          sum[set][1] += product[1] * (x1 * gate_scale);
+          sum[set][2] += product[2] * (x0 * up_scale);
+          sum[set][3] += product[3] * (x1 * up_scale);
+        }
+      }
+      if (chunk + 1 < rows.chunks) {
+        sync_threads(1 + team, kTeamThreads);
+        if (member == 0 && lane == 0) ring.release();
+        ring.advance();
+      }
+    }
+    float4* const tile_partials = partials + turn % 2 * kSets * kTeamThreads;
+#pragma unroll
+    for (int set = 0; set < kSets; ++set) {
+      tile_partials[set * kTeamThreads + 32 * member] =
+          make_float4(sum[set][0], sum[set][1], sum[set][2], sum[set][3]);
+    }
+    sync_threads(1 + team, kTeamThreads);
+    // The members take turns to add up; the others go on with the next tile.
+    if (member == turn % kTeamWarps) {
+      if (lane == 0) ring.release();
+      const Entry entry = assignments[current.entry];
+      Bf16* const hidden = static_cast<Bf16*>(p.hidden) + current.column_tile * (kRows / 2) + group;
+#pragma unroll
+      for (int set = 0; set < kSets; ++set) {
+        if (kSets > 1 && (entry.tokens >> 8 * set & 0xff) == 0) continue;
+        float4 total = {};
+#pragma unroll
+        for (int i = 0; i < kTeamWarps; ++i) {
+          const float4 part = tile_partials[set * kTeamThreads + 32 * i];
+          total.x += part.x, total.y += part.y, total.z += part.z, total.w += part.w;
+        }
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const int token = 8 * set + 2 * quad + i;
+          if (!entry.has(token)) continue;
+          const float gate = i == 0 ? total.x : total.y, up = i == 0 ? total.z : total.w;
+          hidden[int64_t{entry.place(token)} * p.intermediate_size] =
+              __float2bfloat16_rn(silu(rounded(gate)) * rounded(up));
+        }
+      }
+    }
+    for (int i = 0; i < teams; ++i) ring.advance();
+  }
 }
 
-template <bool kPow2, bool kOneToken>
-__global__ void __launch_bounds__(32 * kMaxWarps, 1) down_kernel(const __grid_constant__ FewTokensMoeParams p) {
-  extern __shared__ __align__(128) unsigned char shared[];
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, group = lane / 4, quad = lane % 4;
-  const int assignments = p.num_tokens * p.top_k;
-  const Layout layout(p.down, p.num_tokens, assignments, assignments * p.split * kRows);
-  Ring ring(shared_address(shared + layout.rings), shared_address(shared), p.down, p.intermediate_size);
-  float* weights = reinterpret_cast<float*>(shared + layout.weights);
-  float* sums = reinterpret_cast<float*>(shared + layout.sums);
+// The dynamic shared memory: barriers of both teams | assignments | scales of w2 | scales and quantised activations of
+// each warp, of the last places | rings of both teams. The sums of the warps come to where the activations were.
+struct DownLayout {
+  DownRows rows;
+  int assignments, w_scales, x_scales, quantised, ring, end;
+
+  // Places that a warp keeps: those of an entry, and what is quantised along with them.
+  static __host__ __device__ constexpr int slots(int sets) { return 16 * sets; }
+
+  __host__ __device__ DownLayout(const FewTokensMoeParams& p, int stages) : rows(p.intermediate_size) {
+    const int count = p.num_tokens * p.top_k, warps = kTeams * rows.largest();
+    const int places = slots(p.num_tokens > kTileTokens ? 2 : 1) * warps;
+    assignments = kTeams * Ring::barrier_bytes(stages);
+    w_scales = round_up(assignments + Assignments::bytes(p), 16);
+    x_scales = w_scales + 4 * (p.num_experts < count ? p.num_experts : count) * rows.largest();
+    quantised = round_up(x_scales + 4 * places, 16);
+    ring = round_up(quantised + kBlock * places, 128);
+    end = ring + kTeams * stages * rows.stage_bytes();
+  }
+};
+
+template <bool kPow2, int kSets>
+__global__ void __maxnreg__(kRegisters) down_kernel(const __grid_constant__ FewTokensMoeParams p, int stages) {
+  constexpr int kSlots = DownLayout::slots(kSets);
+  extern __shared__ __align__(128) uint8_t shared[];
+  const int lane = threadIdx.x % 32, warp = warp_index(), group = lane / 4, quad = lane % 4;
+  const DownLayout layout(p, stages);
+  const DownRows rows = layout.rows;
+  // After the warps that multiply comes one for each team that fetches.
+  const int team_warps = rows.largest(), warps = kTeams * team_warps, threads = 32 * warps;
+  const int team = warp < warps ? warp / team_warps : warp - warps, member = warp - team * team_warps;
+  Ring ring = {shared_address(shared + layout.ring) + team * stages * rows.stage_bytes(),
+               shared_address(shared) + team * Ring::barrier_bytes(stages), stages, rows.stage_bytes()};
+  Assignments assignments(shared + layout.assignments, p);
+  float* const w_scales = reinterpret_cast<float*>(shared + layout.w_scales);
+  if (warp >= warps && lane == 0) ring.init(team_warps);
+  assignments.clear(p);
+  __syncthreads();
 
   // Before the wait. The only kernel that may still run is gate_up_kernel, which writes neither ids nor weights, and
   // whose blocks let this one start after they had waited for all kernels before: what those wrote is here.
-  const Batch<kOneToken> batch(*reinterpret_cast<Routing*>(shared + layout.routing), p);
+  assignments.collect<true>(p);
+  const int row = blockIdx.x * kRows;
+  const int begin = team == 0 ? 0 : assignments.even(), end = team == 0 ? assignments.even() : assignments.size();
 
-  const int blocks = p.intermediate_size / kBlock, row_tiles = p.hidden_size / kRows;
-  const int num_units = batch.num_entries * p.split;
-  auto first_block = [&](int part) { return part * blocks / p.split; };
-  // A place in the warp's work: a row tile, and in it an entry and a part.
-  struct Place {
-    int row_tile, unit;
-  };
-  // The place from `place` on that has work, not beyond last_row_tile.
-  auto find = [&](Place& place, Entry& entry, int last_row_tile) {
-    while (place.row_tile <= last_row_tile) {
-      for (; place.unit < num_units; place.unit += p.down.warps) {
-        entry = batch.entry(place.unit / p.split);
-        if (!kOneToken || entry.expert >= 0) return true;
+  if (warp >= warps) {
+    if (!elect_lane()) return;
+    const uint64_t policy = evict_first_policy();
+#pragma unroll 1
+    for (int chunk = 0; chunk < rows.chunks; ++chunk) {
+#pragma unroll 1
+      for (int i = begin; i < end; ++i) {
+        const uint8_t* const first = static_cast<const uint8_t*>(p.w2) +
+                                     (int64_t{assignments[i].expert} * p.hidden_size + row) * p.intermediate_size;
+        ring.fetch(first, first + int64_t{kRows / 2} * p.intermediate_size, chunk * team_warps * kBlock,
+                   rows.blocks_of(chunk) * kBlock, p.intermediate_size, policy);
       }
-      place.unit = warp, place.row_tile += gridDim.x;
     }
-    return false;
-  };
-
-  Place fetched = {static_cast<int>(blockIdx.x), warp};
-  auto next_rows = [&] {
-    Rows rows;
-    Entry entry;
-    if (!find(fetched, entry, row_tiles - 1)) return rows;
-    const int part = fetched.unit % p.split, begin = first_block(part);
-    const int64_t row = static_cast<int64_t>(entry.expert) * p.hidden_size + fetched.row_tile * kRows;
-    rows.upper = static_cast<const uint8_t*>(p.w2) + row * p.intermediate_size + begin * kBlock;
-    rows.lower = rows.upper + kRows / 2 * p.intermediate_size;
-    rows.blocks = first_block(part + 1) - begin;
-    fetched.unit += p.down.warps;
-    return rows;
-  };
-  ring.fill(next_rows);
-  for (int i = threadIdx.x; i < assignments; i += blockDim.x) {
-    const bool here = batch.is_here(i);
-    weights[i] = !here ? 0.0f : p.topk_weights == nullptr ? 1.0f : p.topk_weights[i];
-    if (!here) {
-      for (int j = 0; j < p.split * kRows; ++j) sums[i * p.split * kRows + j] = 0.0f;
-    }
+    return;
   }
 
-  int row_tile = blockIdx.x;
-  Place place = {row_tile, warp};
-  auto next_tile = [&] {
-    Tile tile;
-    Entry entry;
-    if (!find(place, entry, row_tile)) return tile;
-    tile.set_entry(entry);
-    tile.part = place.unit % p.split;
-    const int begin = first_block(tile.part);
-    tile.blocks = first_block(tile.part + 1) - begin;
-    if (tile.lane_token() < entry.count) {
-      const int64_t assignment = batch.assignment(entry.first, tile.lane_token());
-      tile.row = static_cast<const Bf16*>(p.hidden) + assignment * p.intermediate_size + begin * kBlock + quad * 16;
+  const int places = end > begin ? assignments[end - 1].end() : 0;
+  float sum[kSets][4] = {};
+  float* const x_scales = reinterpret_cast<float*>(shared + layout.x_scales) + warp * kSlots;
+  uint8_t* const quantised = shared + layout.quantised + warp * kSlots * kBlock;
+  const uint32_t columns = shared_address(quantised) + quad * 16;
+#pragma unroll 1
+  for (int chunk = 0; chunk < rows.chunks; ++chunk) {
+    const int block = chunk * team_warps + member, pitch = rows.blocks_of(chunk) * kBlock;
+    const bool works = member < rows.blocks_of(chunk);
+    const uint32_t own_weights = member * kBlock + WeightBlock::lane_offset(pitch);
+    if (chunk == 0) {
+      pdl_wait();
+      pdl_trigger();
     }
-    const int64_t scale_row = static_cast<int64_t>(entry.expert) * (p.hidden_size / kBlock) + row_tile * kRows / kBlock;
-    const float* scales = p.w2_scale + scale_row * blocks + begin;
-    tile.load_scales(scales, scales);
-    place.unit += p.down.warps;
-    return tile;
-  };
-  Tile first = next_tile();
-
-  pdl_wait();
-  pdl_trigger();
-
-  while (row_tile < row_tiles) {
-    multiply_all<kPow2, kOneToken>(first, ring, next_rows, next_tile, [&](const Tile& tile, const float (&acc)[4]) {
+    Group<kPow2> x;
+    const Bf16* source = static_cast<const Bf16*>(p.hidden) + block * kBlock;
+    auto load_places = [&](int first) {
+      if (works && first + group < places) x.load(source + int64_t{first + group} * p.intermediate_size);
+    };
+    int ready = begin < end ? assignments[begin].first : 0;  // places up to here are quantised
+    load_places(ready);
+    if (works) {
+      for (int i = begin + lane; i < end; i += 32) {
+        const int64_t scale_row = int64_t{assignments[i].expert} * (p.hidden_size / kBlock) + row / kBlock;
+        w_scales[i * team_warps + member] = __ldg(p.w2_scale + scale_row * rows.blocks + block);
+      }
+    }
+    __syncwarp();
+#pragma unroll 1
+    for (int at = begin; at < end; ++at) {
+      const Entry entry = assignments[at];
+      while (ready < entry.end()) {
+        const int place = ready + group;
+        const float s = x.quantize(quantised + place % kSlots * kBlock, place, place < places);
+        if (quad == 0 && place < places) x_scales[place % kSlots] = s * assignments.weight(place);
+        ready += 8;
+        load_places(ready);
+        __syncwarp();
+      }
+      const uint32_t buffer = ring.wait();
+      if (works) {
+        WeightBlock w;
+        w.load(buffer + own_weights, pitch);
+        const float w_scale = w_scales[at * team_warps + member];
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        if (2 * quad + i >= tile.count) continue;
-        float* sum = sums + (batch.assignment(tile.first, 2 * quad + i) * p.split + tile.part) * kRows;
-        sum[group] = acc[i], sum[group + 8] = acc[2 + i];
+        for (int set = 0; set < kSets; ++set) {
+          if (kSets > 1 && (entry.tokens >> 8 * set & 0xff) == 0) continue;
+          // A column without a token takes another's activations: nobody reads its sums.
+          const int token = 8 * set + group, place = entry.has(token) ? entry.place(token) : entry.first;
+          const uint32_t address = columns + place % kSlots * kBlock;
+          const uint4 column[2] = {load_shared(address + quantised_half(place, 0)),
+                                   load_shared(address + quantised_half(place, 1))};
+          const float scale = x_scales[place % kSlots] * w_scale;
+          const float x0 = __shfl_sync(kFullWarp, scale, 8 * quad), x1 = __shfl_sync(kFullWarp, scale, 8 * quad + 4);
+          float product[4];
+          w.multiply(product, column);
+          if (entry.has(8 * set + 2 * quad)) sum[set][0] += product[0] * x0, sum[set][2] += product[2] * x0;
+          if (entry.has(8 * set + 2 * quad + 1)) sum[set][1] += product[1] * x1, sum[set][3] += product[3] * x1;
+        }
       }
       __syncwarp();
-    });
-    __syncthreads();
-    for (int i = threadIdx.x; i < p.num_tokens * kRows / 2; i += blockDim.x) {
-      const int token = i / (kRows / 2), pair = i % (kRows / 2);
-      float2 total = {};
-      for (int slot = 0; slot < p.top_k; ++slot) {
-        const int assignment = token * p.top_k + slot;
-        float2 sum = {};
-        for (int part = 0; part < p.split; ++part) {
-          const float2 s = reinterpret_cast<const float2*>(sums)[(assignment * p.split + part) * (kRows / 2) + pair];
-          sum.x += s.x, sum.y += s.y;
-        }
-        total.x = fmaf(weights[assignment], sum.x, total.x);
-        total.y = fmaf(weights[assignment], sum.y, total.y);
-      }
-      Bf16* out = static_cast<Bf16*>(p.out) + token * p.out_stride + row_tile * kRows + 2 * pair;
-      *reinterpret_cast<__nv_bfloat162*>(out) = __floats2bfloat162_rn(total.x, total.y);
+      if (lane == 0) ring.release();
+      ring.advance();
     }
-    row_tile += gridDim.x;
-    if (row_tile >= row_tiles) break;
-    __syncthreads();
-    place = {row_tile, warp};
-    first = next_tile();
+  }
+
+  sync_threads(1, threads);
+  float4* const partials = reinterpret_cast<float4*>(shared + layout.quantised) + lane;
+#pragma unroll
+  for (int set = 0; set < kSets; ++set) {
+    partials[(set * warps + warp) * 32] = make_float4(sum[set][0], sum[set][1], sum[set][2], sum[set][3]);
+  }
+  sync_threads(1, threads);
+  for (int set = warp; set < kSets; set += warps) {
+    float4 total = {};
+#pragma unroll 4
+    for (int i = 0; i < warps; ++i) {
+      const float4 part = partials[(set * warps + i) * 32];
+      total.x += part.x, total.y += part.y, total.z += part.z, total.w += part.w;
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int token = 8 * set + 2 * quad + i;
+      if (token >= p.num_tokens) continue;
+      Bf16* const out = static_cast<Bf16*>(p.out) + token * p.out_stride + row + group;
+      out[0] = __float2bfloat16_rn(i == 0 ? total.x : total.y);
+      out[kRows / 2] = __float2bfloat16_rn(i == 0 ? total.z : total.w);
+    }
   }
 }
 
-using Kernel = void (*)(FewTokensMoeParams);
+struct Device {
+  int sms, shared_per_block;
+};
 
-cudaError_t launch_stream(Kernel kernel, const FewTokensMoeParams& p, const StreamConfig& config, int tiles,
-                          const Layout& layout, bool pdl, cudaStream_t stream) {
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, layout.end);
+cudaError_t this_device(Device& device) {
+  int index = 0;
+  cudaError_t error = cudaGetDevice(&index);
+  const auto get = [&](int& value, cudaDeviceAttr attribute) {
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&value, attribute, index);
+  };
+  get(device.sms, cudaDevAttrMultiProcessorCount);
+  get(device.shared_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  return error;
+}
+
+// As many as fit into the shared memory along with a buffer of weights.
+int tokens_of_a_launch(FewTokensMoeParams p, const Device& device) {
+  p.num_tokens = kMaxTokens;
+  while (p.num_tokens > 1 && std::max(GateUpLayout(p, 1).end, DownLayout(p, 1).end) > device.shared_per_block) {
+    p.num_tokens /= 2;
+  }
+  return p.num_tokens;
+}
+
+// Buffers of a ring. Measured on an H200 with experts of 2048x768: more do not help, fewer leave the memory idle.
+template <typename Layout>
+int choose_stages(const FewTokensMoeParams& p, const Device& device) {
+  int stages = 2 * kTeams;
+  while (stages > 1 && Layout(p, stages).end > device.shared_per_block) stages /= 2;
+  return stages;
+}
+
+template <typename Layout>
+cudaError_t launch(void (*kernel)(FewTokensMoeParams, int), const FewTokensMoeParams& p, int blocks, int threads,
+                   bool pdl, const Device& device, cudaStream_t stream) {
+  const int stages = choose_stages<Layout>(p, device), bytes = Layout(p, stages).end;
+  if (bytes > device.shared_per_block) return cudaErrorInvalidValue;
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) return error;
-  const int blocks = config.blocks > 0 ? std::min(config.blocks, tiles) : tiles;
-  return launch_kernel(kernel, dim3(blocks), dim3(32 * config.warps), layout.end, stream, pdl, p);
+  return launch_kernel(kernel, dim3(blocks), dim3(threads), bytes, stream, pdl, p, stages);
 }
 
-template <bool kPow2, bool kOneToken>
-cudaError_t launch_gate_up(const FewTokensMoeParams& p, cudaStream_t stream) {
-  // Entries are at most assignments: more blocks would have nothing to do.
-  const int items = p.num_tokens * p.top_k * (p.intermediate_size / 8);
-  const int blocks = std::max(1, (items + p.gate_up.warps - 1) / p.gate_up.warps);
-  return launch_stream(gate_up_kernel<kPow2, kOneToken>, p, p.gate_up, blocks,
-                       Layout(p.gate_up, p.num_tokens, 0, 0), p.pdl, stream);
-}
-
-template <bool kPow2, bool kOneToken>
-cudaError_t launch_down(const FewTokensMoeParams& p, cudaStream_t stream) {
-  const int assignments = p.num_tokens * p.top_k;
-  return launch_stream(down_kernel<kPow2, kOneToken>, p, p.down, p.hidden_size / kRows,
-                       Layout(p.down, p.num_tokens, assignments, assignments * p.split * kRows), true, stream);
-}
-
-template <bool kPow2, bool kOneToken>
-cudaError_t launch(const FewTokensMoeParams& p, cudaStream_t stream) {
-  const cudaError_t error = launch_gate_up<kPow2, kOneToken>(p, stream);
-  return error != cudaSuccess ? error : launch_down<kPow2, kOneToken>(p, stream);
+template <bool kPow2, int kSets>
+cudaError_t launch_both(const FewTokensMoeParams& p, const Device& device, cudaStream_t stream) {
+  const int tiles = p.num_tokens * p.top_k * (p.intermediate_size / (kRows / 2));  // at most
+  const cudaError_t error = launch<GateUpLayout>(gate_up_kernel<kPow2, kSets>, p, std::min(tiles, device.sms),
+                                                 kGateUpThreads + 32, p.pdl, device, stream);
+  if (error != cudaSuccess) return error;
+  return launch<DownLayout>(down_kernel<kPow2, kSets>, p, p.hidden_size / kRows,
+                            32 * kTeams * (DownRows(p.intermediate_size).largest() + 1), true, device, stream);
 }
 
 }  // namespace
 
-cudaError_t few_tokens_moe(const FewTokensMoeParams& p, cudaStream_t stream) {
-  if (p.num_tokens == 0) return cudaSuccess;
-  const bool one = p.num_tokens == 1 && p.top_k <= 32;
-  if (p.ue8m0) return one ? launch<true, true>(p, stream) : launch<true, false>(p, stream);
-  return one ? launch<false, true>(p, stream) : launch<false, false>(p, stream);
-}
-
-cudaError_t configure_few_tokens_moe(FewTokensMoeParams& p) {
-  int device = 0, sms = 0, shared = 0;
-  for (const cudaError_t error :
-       {cudaGetDevice(&device), cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device),
-        cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device)}) {
-    if (error != cudaSuccess) return error;
+cudaError_t few_tokens_moe(const FewTokensMoeParams& params, cudaStream_t stream) {
+  Device device = {};
+  cudaError_t error = this_device(device);
+  const int tokens = tokens_of_a_launch(params, device);
+  for (int first = 0; error == cudaSuccess && first < params.num_tokens; first += tokens) {
+    FewTokensMoeParams p = params;
+    const int64_t ids = int64_t{first} * p.top_k;
+    p.num_tokens = std::min(params.num_tokens - first, tokens);
+    p.x = static_cast<const Bf16*>(p.x) + first * p.x_stride;
+    p.out = static_cast<Bf16*>(p.out) + first * p.out_stride;
+    p.topk_ids = static_cast<const char*>(p.topk_ids) + ids * (p.ids_are_int64 ? 8 : 4);
+    if (p.topk_weights != nullptr) p.topk_weights += ids;
+    p.pdl = params.pdl || first > 0;
+    if (p.num_tokens > kTileTokens) {
+      error = p.ue8m0 ? launch_both<true, 2>(p, device, stream) : launch_both<false, 2>(p, device, stream);
+    } else {
+      error = p.ue8m0 ? launch_both<true, 1>(p, device, stream) : launch_both<false, 1>(p, device, stream);
+    }
   }
-  p.split = (p.intermediate_size / kBlock + kMaxBlocks - 1) / kMaxBlocks;
-  // Measured on an H200 with 8 experts of 128 of 2048x768 and of 256 of 7168x2048. One token: few tiles, all fetched at
-  // once. More: the longest pieces of rows, and for short rows of w2 as many warps as there are.
-  const bool one = p.num_tokens == 1, short_rows = p.intermediate_size < 1024;
-  p.gate_up = one ? StreamConfig{4, 2, short_rows ? 6 : 8, sms} : StreamConfig{8, 1, 6, 2 * sms};
-  p.down = {4, 1, short_rows ? (one ? 8 : 16) : (one ? 4 : 6), 0};
-  // GPUs with less shared memory take fewer warps.
-  const int assignments = p.num_tokens * p.top_k;
-  while (p.gate_up.warps > 1 && Layout(p.gate_up, p.num_tokens, 0, 0).end > shared) --p.gate_up.warps;
-  while (p.down.warps > 1 && Layout(p.down, p.num_tokens, assignments, assignments * p.split * kRows).end > shared) {
-    --p.down.warps;
-  }
-  return cudaSuccess;
+  return error;
 }
 
 }  // namespace vllm_b200

@@ -8,15 +8,7 @@ namespace vllm_b200 {
 
 constexpr int kMaxAssignments = 512;  // num_tokens * top_k
 constexpr int kMaxExperts = 1024;     // on this GPU
-constexpr int kMaxBlocks = 64;        // of 128 columns in a warp's rows
-
-// A warp streams weights through a ring in shared memory of `stages` buffers of 16 rows by `chunk` blocks of 128 bytes.
-struct StreamConfig {
-  int32_t chunk;   // even
-  int32_t stages;
-  int32_t warps;   // of a block, at most 16
-  int32_t blocks;  // of the grid, at most; 0: one for every tile
-};
+constexpr int kMaxHiddenSize = 8192;
 
 struct FewTokensMoeParams {
   const void* x;             // bf16 [num_tokens, hidden_size], rows at multiples of 16 bytes
@@ -30,22 +22,17 @@ struct FewTokensMoeParams {
   void* hidden;              // bf16 [num_tokens, top_k, intermediate_size], written and read
   void* out;                 // bf16 [num_tokens, hidden_size]
   int32_t num_tokens, top_k, num_experts, num_global_experts;
-  int32_t hidden_size, intermediate_size;  // multiples of 128; hidden_size / 128 at most kMaxBlocks
+  int32_t hidden_size, intermediate_size;  // multiples of 128
   int64_t x_stride, out_stride;            // elements
   bool ids_are_int64;
   bool up_first;  // w13's rows begin with those of the factor that has no activation function
-  bool ue8m0;  // activation scales rounded up to powers of two
-  bool pdl;    // launch the first kernel with programmatic stream serialization
-  int32_t split;  // parts of intermediate_size, a warp's each, of 1 to kMaxBlocks blocks of 128
-  StreamConfig gate_up, down;
+  bool ue8m0;     // activation scales rounded up to powers of two
+  bool pdl;       // launch the first kernel with programmatic stream serialization
 };
 
 // out = sum over a token's experts of weight * (silu(x w13_gate^T) * (x w13_up^T)) w2^T, with x and the hidden
-// activations quantised to e4m3 in groups of 128. Ids outside [0, num_experts) add nothing.
-// Two launches; a row of the result depends on no other row.
+// activations quantised to e4m3 in groups of 128. Ids outside [0, num_global_experts) add nothing.
+// Two launches for every 16 tokens, or fewer where the shared memory is small; a row of the result depends on no other.
 cudaError_t few_tokens_moe(const FewTokensMoeParams& params, cudaStream_t stream);
-
-// The configuration for a shape on the current device.
-cudaError_t configure_few_tokens_moe(FewTokensMoeParams& params);
 
 }  // namespace vllm_b200
