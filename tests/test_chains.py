@@ -25,7 +25,7 @@ def one_of_each(seed: int) -> list[str]:
 
 
 def flat(tensors: list[torch.Tensor]) -> torch.Tensor:
-    return torch.cat([t.contiguous().view(torch.uint8).flatten() for t in tensors])
+    return torch.cat([t.contiguous().flatten().view(torch.uint8) for t in tensors])
 
 
 class Captured:

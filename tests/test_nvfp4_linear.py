@@ -57,9 +57,9 @@ def module(monkeypatch):
 
     monkeypatch.setattr(dispatch, "TABLE", {(HOPPER, "nvfp4"): TABLE})
     monkeypatch.setattr(library, "capability", lambda: HOPPER)
-    dispatch.small_m_gemm.cache_clear()
+    dispatch.small_m_gemm.cache_clear(), dispatch.small_m_limit.cache_clear()
     yield linear_nvfp4
-    dispatch.small_m_gemm.cache_clear()
+    dispatch.small_m_gemm.cache_clear(), dispatch.small_m_limit.cache_clear()
 
 
 @pytest.mark.parametrize("with_bias", [False, True])

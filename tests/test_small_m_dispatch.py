@@ -24,9 +24,9 @@ TABLE = {
 @pytest.fixture
 def table(monkeypatch):
     monkeypatch.setattr(dispatch, "TABLE", TABLE)
-    dispatch.small_m_gemm.cache_clear()
+    dispatch.small_m_gemm.cache_clear(), dispatch.small_m_limit.cache_clear()
     yield
-    dispatch.small_m_gemm.cache_clear()
+    dispatch.small_m_gemm.cache_clear(), dispatch.small_m_limit.cache_clear()
 
 
 @pytest.mark.parametrize(

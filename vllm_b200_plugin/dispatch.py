@@ -31,9 +31,9 @@ DEEP_GEMM_FROM_8_UP_TO_N = 3072
 # numbers of a layer stay vLLM's, so this stays its threshold.
 PLAIN_SCALES_BELOW = 32
 # On an H200 in one run with vLLM 0.32's Triton experts, all of the layer after the router
-# (benchmarks/results/h200/fused_experts.jsonl): 128 experts of 2048x768, 8 a token, 19 us against 28 with one token, 32
-# against 37 with two, 47 against 51 with four, 82 against 86 with eight, 126 against 119 with 16. 256 experts of
-# 7168x2048: 98 us against 103 with one token, the same with four, slower with 16.
+# (benchmarks/results/h200/fused_experts.jsonl): 128 experts of 2048x768, 8 a token, 18 us against 28 with one token, 26
+# against 37 with two, 39 against 53 with four, 64 against 86 with eight, 102 against 118 with 16, 203 against 153 with
+# 32. Experts of more bytes were not measured to win.
 FEW_TOKENS_MOE = 16
 LARGE_EXPERT_BYTES = 8 << 20
 MIN_TOPK = 4  # fewer leave warps without work
@@ -259,6 +259,7 @@ def small_m_measured(kind: str, capability: tuple[int, int]) -> bool:
     return any(TABLE.get((capability, kind), {}).values())
 
 
+@functools.lru_cache(maxsize=1 << 12)  # asked in every eager call of a layer
 def small_m_limit(kind: str, n: int, k: int, capability: tuple[int, int]) -> int:
     """The most tokens for which small_m_gemm takes a layer; 0 where it never does."""
     counts = range(SMALL_M_BELOW - 1, 0, -1)

@@ -42,12 +42,12 @@ class B200FewTokensExperts:
     def __init__(self, moe_config: Any, quant_config: Any) -> None:
         super().__init__(moe_config, quant_config)  # type: ignore[call-arg]
         self._theirs = self.theirs(moe_config, quant_config)
-        self._capability = vllm_compat.capability() or (0, 0)
         # FlashInfer's CUTLASS experts quantise by themselves, with plain scales.
         self._ue8m0 = not self.up_first and bool(vllm_compat.UE8M0_SCALES.get()())
-        limit = dispatch.few_tokens_limit(*_sizes(moe_config), self._capability)
+        self._limit = dispatch.few_tokens_limit(*_sizes(moe_config), vllm_compat.capability() or (0, 0))
+        self._quantize_input = vllm_compat.MOE_QUANTIZE_INPUT.get()
         report.chosen(
-            _LAYER_KIND, _NAME, f"our two kernels up to {limit} tokens, else {self.theirs.__name__}, vLLM's choice"
+            _LAYER_KIND, _NAME, f"our two kernels up to {self._limit} tokens, else {self.theirs.__name__}, vLLM's choice"
         )
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
@@ -81,8 +81,7 @@ class B200FewTokensExperts:
     ) -> Any:
         """Write the layer's result, [num_tokens, hidden_size], to `output`."""
         num_tokens, topk = topk_ids.shape
-        choice = dispatch.few_tokens_moe(num_tokens, *_sizes(self.moe_config), self._capability)
-        if choice.kernel == dispatch.FEW_TOKENS and _takes(
+        if num_tokens <= self._limit and _takes(
             hidden_states, topk_weights, topk_ids, expert_map, w1.shape[0], global_num_experts
         ):
             hidden = (num_tokens, topk, w2.shape[2])
@@ -102,7 +101,7 @@ class B200FewTokensExperts:
             )
             return None
         if not self._theirs.expects_unquantized_inputs:
-            hidden_states, a1q_scale = vllm_compat.MOE_QUANTIZE_INPUT.get()(hidden_states, self.quant_config)
+            hidden_states, a1q_scale = self._quantize_input(hidden_states, self.quant_config)
         return self._theirs.apply(
             output=output,
             hidden_states=hidden_states,

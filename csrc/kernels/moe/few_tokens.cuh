@@ -81,9 +81,10 @@ struct Ring {
     }
     advance();
   }
-  // The address of the current buffer, once it is full.
+  // The address of the current buffer, once it is full. The whole warp calls it.
   __device__ __forceinline__ uint32_t wait() const {
     barrier_wait(full(slot), parity);
+    __syncwarp();
     return data + slot * stage_bytes;
   }
   // After the last read of the current buffer.
