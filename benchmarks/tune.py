@@ -17,11 +17,18 @@ from typing import Any
 import torch
 
 from benchmarks import families
-from benchmarks.cases.gemm import BF16_SHAPES, FP8_BLOCK_SHAPES, FP8_TENSOR_SHAPES, NVFP4_SHAPES, GemmCase
+from benchmarks.cases.gemm import (
+    BF16_SHAPES,
+    FP8_BLOCK_SHAPES,
+    FP8_TENSOR_SHAPES,
+    INT8_SHAPES,
+    NVFP4_SHAPES,
+    GemmCase,
+)
 from benchmarks.ceilings import measure_ceilings
 from benchmarks.compare import read_record
 from benchmarks.environment import environment
-from benchmarks.families import Missing, Run, bf16_gemm, fp8_block_linear, fp8_tensor_gemm, nvfp4_linear
+from benchmarks.families import Missing, Run, bf16_gemm, fp8_block_linear, fp8_tensor_gemm, int8_gemm, nvfp4_linear
 from benchmarks.families._common import Returned
 from benchmarks.kernels import show
 from benchmarks.runner import run_case
@@ -40,6 +47,7 @@ KINDS: dict[str, tuple[ModuleType, tuple[tuple[int, int], ...], float]] = {
     "fp8_block": (fp8_block_linear, FP8_BLOCK_SHAPES, 1),
     "bf16": (bf16_gemm, BF16_SHAPES, 2),
     "fp8": (fp8_tensor_gemm, FP8_TENSOR_SHAPES, 1),
+    "int8": (int8_gemm, INT8_SHAPES, 1),
     "nvfp4": (nvfp4_linear, NVFP4_SHAPES, 0.5),
 }
 
@@ -79,7 +87,7 @@ def ours(kind: str, config: Config, quantise_first: bool) -> Callable[[GemmCase,
 
             def call() -> torch.Tensor:
                 return small_m_gemm.fp8_block_linear(*tensors, config=config, pdl=True)
-        elif kind == "fp8":
+        elif kind in ("fp8", "int8"):
 
             def call() -> torch.Tensor:
                 x, weight, x_scale, scale = tensors
@@ -117,7 +125,7 @@ def measure(
     for kind in kinds:
         family, shapes, size = KINDS[kind]
         for n, k in shapes:
-            if (only and f"{n}x{k}" not in only) or n * k * size > MAX_WEIGHT_BYTES:
+            if f"{n}x{k}" not in only if only else n * k * size > MAX_WEIGHT_BYTES:
                 continue
             for num_tokens in NUM_TOKENS:
                 yield from _measure_case(kind, family, GemmCase(num_tokens, n, k), size, names, most_cuts, ceiling_gbs)
@@ -227,7 +235,7 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     measuring = commands.add_parser("measure", help="time every likely cut beside the peers")
     measuring.add_argument("kinds", nargs="+", choices=KINDS)
-    measuring.add_argument("--only", nargs="+", default=[], metavar="NxK", help="these shapes")
+    measuring.add_argument("--only", nargs="+", default=[], metavar="NxK", help="these shapes, whatever their size")
     measuring.add_argument("--peers", nargs="+", default=[], metavar="IMPL", help="beside these implementations only")
     measuring.add_argument("--most-cuts", type=int, default=6, metavar="COUNT", help="of ours to time beside the peers")
     measuring.add_argument("--out", required=True, metavar="FILE", help="write JSON lines")

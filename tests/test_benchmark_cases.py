@@ -45,6 +45,7 @@ SMALL: dict[str, list[Any]] = {
     "kv_cache": [KvCacheCase(7, heads, fp8) for heads in (2, None) for fp8 in (False, True)],
     "bf16_gemm": [GEMM],
     "fp8_tensor_gemm": [GEMM],
+    "int8_gemm": [GEMM],
     "fp8_block_gemm": [GEMM],
     "fp8_block_linear": [GEMM],
     "nvfp4_linear": [GEMM],
@@ -308,6 +309,11 @@ def _naive_bf16_gemm(family: ModuleType, case: GemmCase) -> tuple[torch.Tensor, 
 def _naive_fp8_tensor_gemm(family: ModuleType, case: GemmCase) -> tuple[torch.Tensor, ...]:
     x, weight, x_scale, weight_scale = family._operands(case, 0)
     return ((x.float() @ weight.float().t() * x_scale * weight_scale).bfloat16(),)
+
+
+def _naive_int8_gemm(family: ModuleType, case: GemmCase) -> tuple[torch.Tensor, ...]:
+    x, weight, x_scale, weight_scale = family._operands(case, 0)
+    return ((torch._int_mm(x.repeat(32, 1), weight.t())[: len(x)] * x_scale * weight_scale.t()).bfloat16(),)
 
 
 def _naive_fp8_block_gemm(family: ModuleType, case: GemmCase) -> tuple[torch.Tensor, ...]:
