@@ -45,9 +45,9 @@ SMALL: dict[str, list[Any]] = {
     "kv_cache": [KvCacheCase(7, heads, fp8) for heads in (2, None) for fp8 in (False, True)],
     "bf16_gemm": [GEMM],
     "fp8_tensor_gemm": [GEMM],
-    "int8_gemm": [GEMM],
     "fp8_block_gemm": [GEMM],
     "fp8_block_linear": [GEMM],
+    "int8_linear": [GEMM],
     "nvfp4_linear": [GEMM],
     "moe_align": [MoeAlignCase(3, 64, 16), MoeAlignCase(40, 16, 64)],
     "topk": [TopKCase(9, 128), TopKCase(9, 256, 8, 4)],
@@ -311,11 +311,6 @@ def _naive_fp8_tensor_gemm(family: ModuleType, case: GemmCase) -> tuple[torch.Te
     return ((x.float() @ weight.float().t() * x_scale * weight_scale).bfloat16(),)
 
 
-def _naive_int8_gemm(family: ModuleType, case: GemmCase) -> tuple[torch.Tensor, ...]:
-    x, weight, x_scale, weight_scale = family._operands(case, 0)
-    return ((torch._int_mm(x.repeat(32, 1), weight.t())[: len(x)] * x_scale * weight_scale.t()).bfloat16(),)
-
-
 def _naive_fp8_block_gemm(family: ModuleType, case: GemmCase) -> tuple[torch.Tensor, ...]:
     return (fp8_block_scaled_mm(*family._operands(case, 0)),)
 
@@ -323,6 +318,13 @@ def _naive_fp8_block_gemm(family: ModuleType, case: GemmCase) -> tuple[torch.Ten
 def _naive_fp8_block_linear(family: ModuleType, case: GemmCase) -> tuple[torch.Tensor, ...]:
     x, weight, scale = family._operands(case, 0)
     return (fp8_block_scaled_mm(*per_token_group_quant(x, ue8m0=True), weight, scale),)
+
+
+def _naive_int8_linear(family: ModuleType, case: GemmCase) -> tuple[torch.Tensor, ...]:
+    x, weight, scale = family._operands(case, 0)
+    q, x_scale, _ = per_token_quant(x, torch.int8)
+    product = torch.tensor([[sum(map(operator.mul, a, b)) for b in weight.tolist()] for a in q.tolist()])
+    return ((product * x_scale * scale.t()).bfloat16(),)
 
 
 def _naive_nvfp4_linear(family: ModuleType, case: GemmCase) -> tuple[torch.Tensor, ...]:

@@ -10,7 +10,7 @@ pytest.importorskip("vllm")
 from fake_cuda import config
 
 from vllm_b200_plugin import dispatch, vllm_compat
-from vllm_b200_plugin.ops import small_m_gemm
+from vllm_b200_plugin.ops import small_m_gemm, token_quant
 
 HOPPER, N, K, MOST = (9, 0), 192, 256, 32
 CUT = (1, 4, 1, 0)
@@ -51,13 +51,14 @@ def test_reasons(module, monkeypatch, variable, symmetric, table, words):
 
 @pytest.fixture
 def calls(module, monkeypatch):
-    """The GEMMs that run. vLLM has ours before CUTLASS's class here; on a CPU a product of integers is CUTLASS's."""
+    """The GEMMs that run. vLLM has ours before CUTLASS's class here; on a CPU references stand for its CUDA ops."""
     import vllm.model_executor.kernels.linear as linear
     from vllm import _custom_ops
     from vllm.model_executor import parameter
     from vllm.platforms import current_platform
 
     calls, theirs, ours = [], _custom_ops.cutlass_scaled_mm, small_m_gemm.scaled_linear
+    their_quant = _custom_ops.scaled_int8_quant
 
     def cutlass(a, b, scale_a, scale_b, out_dtype, bias=None):
         calls.append("cutlass")
@@ -69,10 +70,20 @@ def calls(module, monkeypatch):
         calls.append("ours")
         return ours(*arguments, **options)
 
+    def quantise(x, scale=None, azp=None, symmetric=True):
+        if x.is_cuda:
+            return their_quant(x, scale, azp, symmetric)
+        return (
+            token_quant.per_token_quant(x, torch.int8)
+            if scale is None
+            else (token_quant.per_tensor_quant(x, scale, torch.int8), scale, None)
+        )
+
     kernels = [module.B200CutlassInt8Kernel, vllm_compat.CUTLASS_INT8_KERNEL.get()]
     monkeypatch.setitem(linear._POSSIBLE_INT8_KERNELS, current_platform._enum, kernels)
     monkeypatch.setattr(kernels[1], "is_supported", classmethod(lambda cls, capability=None: (True, None)))
     monkeypatch.setattr(_custom_ops, "cutlass_scaled_mm", cutlass)
+    monkeypatch.setattr(_custom_ops, "scaled_int8_quant", quantise)
     monkeypatch.setattr(small_m_gemm, "scaled_linear", small_m)
     monkeypatch.setattr(parameter, "get_tensor_model_parallel_rank", lambda: 0)
     monkeypatch.setattr(parameter, "get_tensor_model_parallel_world_size", lambda: 1)
@@ -208,6 +219,5 @@ def test_one_op_for_torch_compile(calls):
     targets = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
     assert [name for name in targets if "linear" in name or "mm" in name] == ["vllm_b200.int8_linear"]
     assert calls == ["ours", "ours", "cutlass", "cutlass"]
-    q, scale = torch.randint(-128, 128, (3, K), dtype=torch.int8), torch.ones(1)
-    arguments = (q, layer.weight, scale, scale, None, BF16)
+    arguments = (x[:3], layer.weight, layer.scale, None, None)
     torch.library.opcheck(torch.ops.vllm_b200.int8_linear.default, arguments, test_utils=("test_faketensor",))

@@ -18,7 +18,6 @@ TABLE = {
     (HOPPER, "fp8_block"): {(N, K): ROWS},
     (HOPPER, "bf16"): {(N, K): ROWS[:1]},
     (HOPPER, "fp8"): {(N, K): ROWS[:1]},
-    (HOPPER, "int8"): {(N, K): ROWS[:1]},
 }
 
 
@@ -153,12 +152,11 @@ def test_bf16_layer_leaves_other_dtypes_alone(table, monkeypatch, change):
     assert linear_bf16.unquantized_gemm(torch.nn.Module(), x, weight) == "theirs"
 
 
-@pytest.mark.parametrize("kind", ["fp8", "int8"])
 @pytest.mark.parametrize("m, ours", [(0, False), (1, True), (2, True), (3, False), (40, False)])
 @pytest.mark.parametrize("per_token", [False, True])
-def test_scaled_layer(table, monkeypatch, kind, m, ours, per_token):
+def test_fp8_layer(table, monkeypatch, m, ours, per_token):
     pytest.importorskip("vllm")
-    from vllm_b200_plugin.integration import linear_fp8_scaled, linear_int8_scaled  # noqa: F401
+    from vllm_b200_plugin.integration import linear_fp8_scaled
 
     monkeypatch.setattr(library, "capability", lambda: HOPPER)
     calls = []
@@ -168,13 +166,11 @@ def test_scaled_layer(table, monkeypatch, kind, m, ours, per_token):
         return ((a.float() * scale_a) @ (b.float() * scale_b.view(1, -1)) + bias.float()).to(out_dtype)
 
     monkeypatch.setattr(vllm_compat, "CUTLASS_GEMM", type("Found", (), {"get": staticmethod(lambda: cutlass)}))
-    if kind == "fp8":
-        x, weight = torch.randn(m, K).to(torch.float8_e4m3fn), torch.randn(N, K).to(torch.float8_e4m3fn)
-    else:
-        x, weight = (torch.randint(-128, 128, (rows, K), dtype=torch.int8) for rows in (m, N))
+    x, weight = torch.randn(m, K).to(torch.float8_e4m3fn), torch.randn(N, K).to(torch.float8_e4m3fn)
     x_scale, weight_scale = (torch.rand(m, 1), torch.rand(N, 1)) if per_token else (torch.rand(1), torch.rand(()))
     bias = torch.randn(N, dtype=torch.bfloat16)
-    out = getattr(torch.ops.vllm_b200, f"{kind}_linear")(x, weight, x_scale, weight_scale, bias, torch.bfloat16)
+    out = torch.ops.vllm_b200.fp8_linear(x, weight, x_scale, weight_scale, bias, torch.bfloat16)
     expected = (x.double() * x_scale) @ (weight.double() * weight_scale).t() + bias
     assert out.dtype == torch.bfloat16 and torch.allclose(out.double(), expected, rtol=1e-2, atol=0.05)
     assert calls == ([] if ours else ["cutlass"])
+    assert linear_fp8_scaled.B200CutlassFp8Kernel.apply_scaled_mm

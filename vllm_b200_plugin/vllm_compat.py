@@ -88,8 +88,8 @@ INT8_QUANT = Private(
     "vllm._custom_ops",
     "scaled_int8_quant",
     "function: an activation in INT8, with a scale for each token or a given one",
-    "the activation of our INT8 layers",
-    "INT8 kernel classes that get the activation quantised, as the FP8 ones do",
+    "the activation of our INT8 layers before CUTLASS",
+    "a documented function for it",
 )
 LINEAR_BACKENDS = Private(
     _LINEAR,

@@ -10,10 +10,11 @@ import torch
 
 from vllm_b200_plugin import dispatch, vllm_compat
 from vllm_b200_plugin.integration import library, report, scaled_linear
+from vllm_b200_plugin.ops import small_m_gemm
+from vllm_b200_plugin.ops._library import torch_library
 
 _KIND = "fp8"
 _Cutlass: Any = vllm_compat.CUTLASS_FP8_KERNEL.get()
-scaled_linear.define_op(_KIND)
 
 
 class B200CutlassFp8Kernel(_Cutlass):
@@ -50,6 +51,34 @@ class B200CutlassFp8Kernel(_Cutlass):
                 A=A, B=B, out_dtype=out_dtype, As=As, Bs=Bs, bias=bias, output_shape=output_shape
             )
         return torch.ops.vllm_b200.fp8_linear(A, B.t(), As, Bs, bias, out_dtype).view(output_shape)
+
+
+torch_library.define(
+    "fp8_linear(Tensor x, Tensor weight, Tensor x_scale, Tensor weight_scale, Tensor? bias, ScalarType out_dtype) "
+    "-> Tensor"
+)
+
+
+@torch.library.register_fake("vllm_b200::fp8_linear", lib=torch_library)
+def _fake(
+    x: torch.Tensor, weight: torch.Tensor, x_scale: torch.Tensor, weight_scale: torch.Tensor,
+    bias: torch.Tensor | None, out_dtype: torch.dtype,
+) -> torch.Tensor:  # fmt: skip
+    return x.new_empty((x.shape[0], weight.shape[0]), dtype=out_dtype)
+
+
+@torch.library.impl(torch_library, "fp8_linear", "CPU")
+@torch.library.impl(torch_library, "fp8_linear", "CUDA")
+def _implementation(
+    x: torch.Tensor, weight: torch.Tensor, x_scale: torch.Tensor, weight_scale: torch.Tensor,
+    bias: torch.Tensor | None, out_dtype: torch.dtype,
+) -> torch.Tensor:  # fmt: skip
+    if config := scaled_linear.config(_KIND, x.shape[0], weight.shape):
+        return small_m_gemm.scaled_linear(
+            x, x_scale, weight, weight_scale, bias=bias, out_dtype=out_dtype, config=config
+        )
+    gemm = vllm_compat.CUTLASS_GEMM.get()
+    return gemm(x, weight.t(), out_dtype=out_dtype, scale_a=x_scale, scale_b=weight_scale, bias=bias)
 
 
 def choice(layer: torch.nn.Module, num_tokens: int) -> dispatch.Choice | None:

@@ -1,19 +1,9 @@
-"""What the features fp8_linear and int8_linear share: a class before vLLM's CUTLASS one, and the op that it runs.
-
-vLLM quantises the activation of such a layer as it does for CUTLASS. The GEMM is ours while a step has few tokens and
-CUTLASS's for more.
-"""
-
-import functools
-from typing import Any
-
-import torch
+"""What the features fp8_linear and int8_linear share: a class of ours before vLLM's CUTLASS one, for few tokens."""
 
 from vllm_b200_plugin import dispatch, vllm_compat
 from vllm_b200_plugin.features import NotForThisPlatform
 from vllm_b200_plugin.integration import library
-from vllm_b200_plugin.ops import small_m_gemm
-from vllm_b200_plugin.ops._library import torch_library
+from vllm_b200_plugin.ops.small_m_gemm import Config
 
 
 def refusal(cutlass: type) -> str | None:
@@ -23,6 +13,14 @@ def refusal(cutlass: type) -> str | None:
     if vllm_compat.ENVS.get().VLLM_BATCH_INVARIANT:
         return "VLLM_BATCH_INVARIANT rules out a choice by the number of tokens"
     return None
+
+
+def config(kind: str, num_tokens: int, shape: tuple[int, ...]) -> Config | None:
+    """How our GEMM cuts a weight of `shape`, (N, K), for so many tokens; None where CUTLASS takes them."""
+    if not 0 < num_tokens < dispatch.SMALL_M_BELOW:
+        return None
+    few = dispatch.small_m_gemm(kind, num_tokens, shape[0], shape[1], library.capability())
+    return Config(*few.config) if few.kernel == dispatch.SMALL_M else None
 
 
 def choice(kind: str, cutlass: type, shape: tuple[int, int], num_tokens: int) -> dispatch.Choice:
@@ -44,41 +42,3 @@ def put_before(cutlass: type, ours: type, kernels: vllm_compat.Private) -> None:
     if ours not in found:
         found.insert(found.index(cutlass) if cutlass in found else 0, ours)
     vllm_compat.LINEAR_BACKENDS.get().setdefault("cutlass", set()).add(ours)
-
-
-def define_op(kind: str) -> None:
-    """Define vllm_b200::<kind>_linear, opaque to torch.compile, as the branch on the number of tokens has to be.
-
-    x [num_tokens, K] and weight [N, K] of the kind's 8-bit dtype, scales as for ops.small_m_gemm.scaled_linear, bias
-    [N] of out_dtype, bfloat16 or float16; returns [num_tokens, N].
-    """
-    name = f"{kind}_linear"
-    torch_library.define(
-        f"{name}(Tensor x, Tensor weight, Tensor x_scale, Tensor weight_scale, Tensor? bias, ScalarType out_dtype) "
-        "-> Tensor"
-    )
-    torch.library.register_fake(f"vllm_b200::{name}", _fake, lib=torch_library)
-    for key in ("CPU", "CUDA"):
-        torch_library.impl(name, functools.partial(_run, kind), key)
-
-
-def _fake(
-    x: torch.Tensor, weight: torch.Tensor, x_scale: torch.Tensor, weight_scale: torch.Tensor,
-    bias: torch.Tensor | None, out_dtype: torch.dtype,
-) -> torch.Tensor:  # fmt: skip
-    return x.new_empty((x.shape[0], weight.shape[0]), dtype=out_dtype)
-
-
-def _run(
-    kind: str, x: torch.Tensor, weight: torch.Tensor, x_scale: torch.Tensor, weight_scale: torch.Tensor,
-    bias: torch.Tensor | None, out_dtype: torch.dtype,
-) -> torch.Tensor:  # fmt: skip
-    if 0 < x.shape[0] < dispatch.SMALL_M_BELOW:
-        few = dispatch.small_m_gemm(kind, x.shape[0], *weight.shape, library.capability())
-        if few.kernel == dispatch.SMALL_M:
-            config = small_m_gemm.Config(*few.config)
-            return small_m_gemm.scaled_linear(
-                x, x_scale, weight, weight_scale, bias=bias, out_dtype=out_dtype, config=config
-            )
-    gemm: Any = vllm_compat.CUTLASS_GEMM.get()
-    return gemm(x, weight.t(), out_dtype=out_dtype, scale_a=x_scale, scale_b=weight_scale, bias=bias)
