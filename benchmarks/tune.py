@@ -39,7 +39,7 @@ from vllm_b200_plugin.ops.quant import ScaleLayout, per_token_group_quant
 from vllm_b200_plugin.ops.small_m_gemm import Config
 
 NUM_TOKENS = (1, 2, 4, 8, 16, 32)
-MAX_WEIGHT_BYTES = 36 << 20  # beyond, the libraries read the weight at the speed of memory
+MAX_WEIGHT_BYTES = 36 << 20  # beyond, libraries read most weights at the speed of memory: timed where --only names one
 CLEARLY = 0.9  # of the best peer's time; what lies between is noise or another GPU's luck
 TABLE = Path(__file__).parents[1] / "vllm_b200_plugin" / "small_m_table.py"
 # kind -> family of its peers, shapes, bytes of an element

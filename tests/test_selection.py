@@ -95,7 +95,11 @@ print(json.dumps([picks, plugin.results(), lines, [order, int8_order], torch.cud
 
 @functools.cache
 def on(capability: tuple[int, int], deep_gemm: bool = True, flashinfer: bool = True):
-    return answer(CODE.format(capability=capability, deep_gemm=deep_gemm, flashinfer=flashinfer), VLLM_B200_STRICT="1")
+    return answer(
+        CODE.format(capability=capability, deep_gemm=deep_gemm, flashinfer=flashinfer),
+        VLLM_B200_STRICT="1",
+        VLLM_B200_ENABLE="int8_linear",
+    )
 
 
 HOPPER = {
