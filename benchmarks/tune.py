@@ -17,11 +17,18 @@ from typing import Any
 import torch
 
 from benchmarks import families
-from benchmarks.cases.gemm import BF16_SHAPES, FP8_BLOCK_SHAPES, FP8_TENSOR_SHAPES, NVFP4_SHAPES, GemmCase
+from benchmarks.cases.gemm import (
+    BF16_SHAPES,
+    FP8_BLOCK_SHAPES,
+    FP8_TENSOR_SHAPES,
+    INT8_SHAPES,
+    NVFP4_SHAPES,
+    GemmCase,
+)
 from benchmarks.ceilings import measure_ceilings
 from benchmarks.compare import read_record
 from benchmarks.environment import environment
-from benchmarks.families import Missing, Run, bf16_gemm, fp8_block_linear, fp8_tensor_gemm, nvfp4_linear
+from benchmarks.families import Missing, Run, bf16_gemm, fp8_block_linear, fp8_tensor_gemm, int8_linear, nvfp4_linear
 from benchmarks.families._common import Returned
 from benchmarks.kernels import show
 from benchmarks.runner import run_case
@@ -32,7 +39,7 @@ from vllm_b200_plugin.ops.quant import ScaleLayout, per_token_group_quant
 from vllm_b200_plugin.ops.small_m_gemm import Config
 
 NUM_TOKENS = (1, 2, 4, 8, 16, 32)
-MAX_WEIGHT_BYTES = 36 << 20  # beyond, the libraries read the weight at the speed of memory
+MAX_WEIGHT_BYTES = 36 << 20  # beyond, libraries read most weights at the speed of memory: timed where --only names one
 CLEARLY = 0.9  # of the best peer's time; what lies between is noise or another GPU's luck
 TABLE = Path(__file__).parents[1] / "vllm_b200_plugin" / "small_m_table.py"
 # kind -> family of its peers, shapes, bytes of an element
@@ -40,6 +47,7 @@ KINDS: dict[str, tuple[ModuleType, tuple[tuple[int, int], ...], float]] = {
     "fp8_block": (fp8_block_linear, FP8_BLOCK_SHAPES, 1),
     "bf16": (bf16_gemm, BF16_SHAPES, 2),
     "fp8": (fp8_tensor_gemm, FP8_TENSOR_SHAPES, 1),
+    "int8": (int8_linear, INT8_SHAPES, 1),
     "nvfp4": (nvfp4_linear, NVFP4_SHAPES, 0.5),
 }
 
@@ -84,6 +92,10 @@ def ours(kind: str, config: Config, quantise_first: bool) -> Callable[[GemmCase,
             def call() -> torch.Tensor:
                 x, weight, x_scale, scale = tensors
                 return small_m_gemm.scaled_linear(x, x_scale, weight, scale, config=config, pdl=True)
+        elif kind == "int8":
+
+            def call() -> torch.Tensor:
+                return int8_linear.linear(*tensors, config)
         elif kind == "nvfp4":
 
             def call() -> torch.Tensor:
@@ -112,14 +124,14 @@ def _name(config: Config, quantise_first: bool) -> str:
 
 
 def measure(
-    kinds: list[str], only: list[str], names: set[str], most_cuts: int, ceiling_gbs: float
+    kinds: list[str], only: list[str], tokens: list[int], names: set[str], most_cuts: int, ceiling_gbs: float
 ) -> Iterator[dict[str, Any]]:
     for kind in kinds:
         family, shapes, size = KINDS[kind]
         for n, k in shapes:
-            if (only and f"{n}x{k}" not in only) or n * k * size > MAX_WEIGHT_BYTES:
+            if f"{n}x{k}" not in only if only else n * k * size > MAX_WEIGHT_BYTES:
                 continue
-            for num_tokens in NUM_TOKENS:
+            for num_tokens in tokens:
                 yield from _measure_case(kind, family, GemmCase(num_tokens, n, k), size, names, most_cuts, ceiling_gbs)
                 _operands.cache_clear()
 
@@ -136,7 +148,7 @@ def _measure_case(
     peers = {name: make for name, make in family.IMPLEMENTATIONS.items() if not name.startswith("ours")}
     peers = {name: make for name, make in peers.items() if not names or name in names}
     cuts = list(likely_cuts(case.n, int(case.k * size), case.num_tokens))
-    ways = [False] if kind != "fp8_block" else [True] if case.num_tokens > 8 else [False, True]
+    ways = {"fp8_block": [True] if case.num_tokens > 8 else [False, True], "int8": [True]}.get(kind, [False])
     variants = {_name(cut, way): ours(kind, cut, way) for way in ways for cut in cuts}
     one = SimpleNamespace(OP=family.OP, record=family.record, check=family.check)
     if len(variants) > most_cuts:  # all of them, briefly; then the best ones beside the peers
@@ -227,7 +239,8 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     measuring = commands.add_parser("measure", help="time every likely cut beside the peers")
     measuring.add_argument("kinds", nargs="+", choices=KINDS)
-    measuring.add_argument("--only", nargs="+", default=[], metavar="NxK", help="these shapes")
+    measuring.add_argument("--only", nargs="+", default=[], metavar="NxK", help="these shapes, whatever their size")
+    measuring.add_argument("--num-tokens", nargs="+", type=int, default=NUM_TOKENS, metavar="M")
     measuring.add_argument("--peers", nargs="+", default=[], metavar="IMPL", help="beside these implementations only")
     measuring.add_argument("--most-cuts", type=int, default=6, metavar="COUNT", help="of ours to time beside the peers")
     measuring.add_argument("--out", required=True, metavar="FILE", help="write JSON lines")
@@ -243,7 +256,8 @@ def main(argv: list[str] | None = None) -> int:
     env = environment() | measure_ceilings() | {"capability": torch.cuda.get_device_capability()}
     with open(arguments.out, "w") as file:
         file.write(json.dumps({"env": env}) + "\n")
-        for row in measure(arguments.kinds, arguments.only, set(arguments.peers), arguments.most_cuts, env["copy_gbs"]):
+        cases = arguments.kinds, arguments.only, arguments.num_tokens
+        for row in measure(*cases, set(arguments.peers), arguments.most_cuts, env["copy_gbs"]):
             file.write(json.dumps(row) + "\n")
             file.flush()
             if "missing" not in row:

@@ -166,3 +166,11 @@ def select(
         except ValueError as error:
             return str(error)
     return type(kernel).__name__
+
+
+def select_int8(*, channel: bool = True, static: bool = False, symmetric: bool = True, **settings: Any) -> str:
+    """Class name of the kernel that vLLM makes for an INT8 layer."""
+    from vllm.model_executor.kernels import linear
+
+    with config(**settings):
+        return type(linear.init_int8_linear_kernel(channel, static, symmetric, "a layer")).__name__

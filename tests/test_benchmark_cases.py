@@ -47,6 +47,7 @@ SMALL: dict[str, list[Any]] = {
     "fp8_tensor_gemm": [GEMM],
     "fp8_block_gemm": [GEMM],
     "fp8_block_linear": [GEMM],
+    "int8_linear": [GEMM],
     "nvfp4_linear": [GEMM],
     "moe_align": [MoeAlignCase(3, 64, 16), MoeAlignCase(40, 16, 64)],
     "topk": [TopKCase(9, 128), TopKCase(9, 256, 8, 4)],
@@ -317,6 +318,13 @@ def _naive_fp8_block_gemm(family: ModuleType, case: GemmCase) -> tuple[torch.Ten
 def _naive_fp8_block_linear(family: ModuleType, case: GemmCase) -> tuple[torch.Tensor, ...]:
     x, weight, scale = family._operands(case, 0)
     return (fp8_block_scaled_mm(*per_token_group_quant(x, ue8m0=True), weight, scale),)
+
+
+def _naive_int8_linear(family: ModuleType, case: GemmCase) -> tuple[torch.Tensor, ...]:
+    x, weight, scale = family._operands(case, 0)
+    q, x_scale, _ = per_token_quant(x, torch.int8)
+    product = torch.tensor([[sum(map(operator.mul, a, b)) for b in weight.tolist()] for a in q.tolist()])
+    return ((product * x_scale * scale.t()).bfloat16(),)
 
 
 def _naive_nvfp4_linear(family: ModuleType, case: GemmCase) -> tuple[torch.Tensor, ...]:

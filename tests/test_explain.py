@@ -132,6 +132,9 @@ def test_bytes_launches_and_floor():
     assert (linear.bytes, linear.launches, round(linear.floor_us, 3)) == (4_800_000, 2, 1.0)
     plain = row(quantiser="", weight_bytes=100)
     assert costs.cost(plain, gpu("9.0")).launches == 1
+    ours = {"choices": {"1": {"kernel": "small_m_gemm", "reason": ""}}}
+    for kernel, launches in (("B200DeepGemmFp8BlockKernel", 1), ("B200CutlassFp8Kernel", 2)):
+        assert costs.cost(row(kernel=kernel, **ours), gpu("9.0")).launches == launches
     attention = row(kind="attention", cache_bytes=1024, quantiser="_C_cache_ops::reshape_and_cache_flash")
     assert costs.cost(attention, gpu("10.0"), num_tokens=2, context=1000).bytes == 2 * 1000 * 1024
     assert costs.cost({**attention, "window": 128}, gpu("10.0"), context=1000).bytes == 128 * 1024

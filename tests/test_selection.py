@@ -12,13 +12,17 @@ DEEP_GEMM = "B200DeepGemmFp8BlockKernel"
 CUTLASS = "B200CutlassFp8BlockKernel"
 TRITON = "B200TritonFp8BlockKernel"
 VLLM_CUTLASS = "CutlassFp8BlockScaledMMKernel"
+INT8 = "B200CutlassInt8Kernel"
+VLLM_INT8, VLLM_TRITON_INT8 = "CutlassInt8ScaledMMLinearKernel", "TritonInt8ScaledMMLinearKernel"
 
 CODE = """
 import json, logging, os, sys
 from contextlib import contextmanager
 import torch
-from fake_cuda import pretend, select
+from fake_cuda import pretend, select, select_int8
 pretend({capability}, deep_gemm={deep_gemm}, flashinfer={flashinfer})
+from vllm_b200_plugin import dispatch
+dispatch.TABLE |= {{((9, 0), "int8"): {{(4096, 4096): ((8, (1, 8, 1, 0), False),)}}}}
 from vllm import plugins
 plugins.load_general_plugins()
 import vllm.model_executor.kernels.linear
@@ -62,20 +66,40 @@ with environment(VLLM_DISABLED_KERNELS="B200CutlassFp8BlockKernel"):
     picks["96x128 without our Cutlass"] = select((96, 128))
 with environment(VLLM_BATCH_INVARIANT="1"):
     picks["batch invariant"] = select(shape)
+    picks["int8, batch invariant"] = select_int8()
+
+def int8_disabled(name):
+    with environment(VLLM_DISABLED_KERNELS=name):
+        return select_int8()
+
+picks |= {{
+    "int8": select_int8(), "int8, tensor": select_int8(channel=False), "int8, static": select_int8(static=True),
+    "int8, zero point": select_int8(symmetric=False),
+    "int8, static zero point": select_int8(static=True, symmetric=False),
+    "int8 --linear-backend cutlass": select_int8(linear_backend="cutlass"),
+    "int8 --linear-backend triton": select_int8(linear_backend="triton"),
+    "int8, none of ours": int8_disabled("B200CutlassInt8Kernel"),
+    "int8, no Cutlass of vLLM's": int8_disabled("CutlassInt8ScaledMMLinearKernel"),
+}}
 from vllm.model_executor.kernels.linear import _POSSIBLE_FP8_BLOCK_KERNELS as lists
 from vllm.platforms import PlatformEnum
 plugin._results.clear()
 plugin.register()
 order = [k.__name__ for k in lists[PlatformEnum.CUDA]]
+int8_order = [k.__name__ for k in vllm.model_executor.kernels.linear._POSSIBLE_INT8_KERNELS[PlatformEnum.CUDA]]
 from vllm_b200_plugin.integration.fp8_block_op import machine
 scales = [machine().layout.value, machine().ue8m0]
-print(json.dumps([picks, plugin.results(), lines, order, torch.cuda.is_initialized(), scales]))
+print(json.dumps([picks, plugin.results(), lines, [order, int8_order], torch.cuda.is_initialized(), scales]))
 """
 
 
 @functools.cache
 def on(capability: tuple[int, int], deep_gemm: bool = True, flashinfer: bool = True):
-    return answer(CODE.format(capability=capability, deep_gemm=deep_gemm, flashinfer=flashinfer), VLLM_B200_STRICT="1")
+    return answer(
+        CODE.format(capability=capability, deep_gemm=deep_gemm, flashinfer=flashinfer),
+        VLLM_B200_STRICT="1",
+        VLLM_B200_ENABLE="int8_linear",
+    )
 
 
 HOPPER = {
@@ -99,9 +123,19 @@ HOPPER = {
     "no Cutlass of ours": VLLM_CUTLASS,
     "96x128 without our Cutlass": VLLM_CUTLASS,
     "batch invariant": DEEP_GEMM,
+    "int8": INT8,
+    "int8, tensor": INT8,
+    "int8, static": INT8,
+    "int8, zero point": VLLM_INT8,
+    "int8, static zero point": VLLM_INT8,
+    "int8 --linear-backend cutlass": INT8,
+    "int8 --linear-backend triton": VLLM_TRITON_INT8,
+    "int8, none of ours": VLLM_INT8,
+    "int8, no Cutlass of vLLM's": VLLM_TRITON_INT8,
+    "int8, batch invariant": VLLM_INT8,
 }
 BLACKWELL = {
-    **HOPPER,
+    **{name: VLLM_INT8 if kernel == INT8 else kernel for name, kernel in HOPPER.items()},  # no row in the table
     "2112x7168": DEEP_GEMM,
     "576x7168": DEEP_GEMM,
     "excluded model": CUTLASS,
@@ -124,9 +158,9 @@ def test_selection_on_gpu(capability, expected, scale_layout):
     assert {name: picks[name] for name in expected} == expected
     assert picks["block 64"] not in (FLASHINFER, DEEP_GEMM, CUTLASS, TRITON)
     assert results["fp8_block_linear"] == results["group_quant_ops"] == "applied"
-    assert results["topk_ops"] == results["moe_align_ops"] == "applied"
-    assert order[:2] == [FLASHINFER, DEEP_GEMM]
-    assert len(set(order)) == len(order)
+    assert results["topk_ops"] == results["moe_align_ops"] == results["int8_linear"] == "applied"
+    assert order[0][:2] == [FLASHINFER, DEEP_GEMM] and order[1][:2] == [INT8, VLLM_INT8]
+    assert all(len(set(names)) == len(names) for names in order)
     assert not cuda
     assert scales == [scale_layout, True]
 

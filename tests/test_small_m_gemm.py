@@ -131,7 +131,7 @@ def test_every_cut_gives_the_result_and_the_same_bits_again(kind, num_tokens):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", ["fp8_block", "fp8", "bf16"])
+@pytest.mark.parametrize("kind", ["fp8_block", "fp8", "int8", "bf16"])
 @pytest.mark.parametrize("k", [256, 896])
 def test_every_number_of_rows_and_tokens(kind, k):
     for n, num_tokens in [(n, 1 + n % 32) for n in range(1, 301)] + [(177, m) for m in range(1, 33)]:

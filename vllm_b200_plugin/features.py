@@ -119,6 +119,15 @@ FEATURES: tuple[Feature, ...] = (
         after="vllm.model_executor.kernels.linear",
     ),
     Feature(
+        name="int8_linear",
+        changes="INT8 linear layers with symmetric activations: our quantisation and GEMM in one op for few "
+        "tokens, where that is faster than CUTLASS",
+        needs="the CUDA library, compute capability 9.0, 10.0, 10.3 or 12.0",
+        module="vllm_b200_plugin.integration.linear_int8_scaled",
+        after="vllm.model_executor.kernels.linear",
+        trial=True,
+    ),
+    Feature(
         name="bf16_linear",
         changes="unquantised bfloat16 linear layers and router gates: our GEMM for few tokens where it is faster",
         needs="the CUDA library, compute capability 9.0, 10.0, 10.3 or 12.0",

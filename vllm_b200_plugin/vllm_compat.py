@@ -74,6 +74,23 @@ CUTLASS_FP8_KERNEL = Private(
     "base of ours",
     _LINEAR_LIST,
 )
+INT8_KERNELS = Private(
+    _LINEAR, "_POSSIBLE_INT8_KERNELS", "the same for INT8", "to put ours before vLLM's", _LINEAR_LIST
+)
+CUTLASS_INT8_KERNEL = Private(
+    _LINEAR,
+    "CutlassInt8ScaledMMLinearKernel",
+    "vLLM's CUTLASS kernel class for these",
+    "base of ours",
+    _LINEAR_LIST,
+)
+INT8_QUANT = Private(
+    "vllm._custom_ops",
+    "scaled_int8_quant",
+    "function: an activation in INT8, with a scale for each token or a given one",
+    "the activation of our INT8 layers before CUTLASS",
+    "a documented function for it",
+)
 LINEAR_BACKENDS = Private(
     _LINEAR,
     "_LINEAR_BACKEND_KERNEL_MAP",

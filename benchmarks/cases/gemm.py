@@ -62,6 +62,14 @@ FP8_TENSOR_SHAPES = (
 )
 FP8_TENSOR_NUM_TOKENS = (1, 4, 8, 16, 64, 1024)
 
+INT8_SHAPES = (
+    (6144, 4096),  # Llama-3.1-8B: qkv,
+    (4096, 4096),  # o,
+    (28672, 4096),  # gate and up,
+    (4096, 14336),  # down
+)
+INT8_NUM_TOKENS = (1, 2, 4, 8, 16, 32, 64, 1024)
+
 FP8_BLOCK_SHAPES = (
     (2112, 7168),  # DeepSeek-V3: fused_qkv_a,
     (576, 7168),  # kv_a alone,
@@ -85,6 +93,10 @@ def bf16_benchmarks() -> Iterator[GemmCase]:
 
 def fp8_tensor_benchmarks() -> Iterator[GemmCase]:
     return _cases(FP8_TENSOR_SHAPES, FP8_TENSOR_NUM_TOKENS)
+
+
+def int8_benchmarks() -> Iterator[GemmCase]:
+    return _cases(INT8_SHAPES, INT8_NUM_TOKENS)
 
 
 def fp8_block_benchmarks() -> Iterator[GemmCase]:

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 
 from vllm_b200_plugin import dispatch, vllm_compat
-from vllm_b200_plugin.features import NotForThisPlatform
-from vllm_b200_plugin.integration import library, report
+from vllm_b200_plugin.integration import library, report, scaled_linear
 from vllm_b200_plugin.ops import small_m_gemm
 from vllm_b200_plugin.ops._library import torch_library
 
@@ -29,10 +28,8 @@ class B200CutlassFp8Kernel(_Cutlass):
 
     @classmethod
     def can_implement(cls, config: Any) -> tuple[bool, str | None]:
-        if vllm_compat.is_disabled(_Cutlass):
-            return False, f"VLLM_DISABLED_KERNELS names {_Cutlass.__name__}, which this is in place of"
-        if vllm_compat.ENVS.get().VLLM_BATCH_INVARIANT:
-            return False, "VLLM_BATCH_INVARIANT rules out a choice by the number of tokens"
+        if reason := scaled_linear.refusal(_Cutlass):
+            return False, reason
         n, k = config.weight_shape
         if not dispatch.small_m_limit(_KIND, n, k, library.capability()):
             return False, f"{dispatch.SMALL_M} was not measured to be faster for {n}x{k}, whatever the number of tokens"
@@ -76,13 +73,10 @@ def _implementation(
     x: torch.Tensor, weight: torch.Tensor, x_scale: torch.Tensor, weight_scale: torch.Tensor,
     bias: torch.Tensor | None, out_dtype: torch.dtype,
 ) -> torch.Tensor:  # fmt: skip
-    if 0 < x.shape[0] < dispatch.SMALL_M_BELOW:
-        choice = dispatch.small_m_gemm(_KIND, x.shape[0], *weight.shape, library.capability())
-        if choice.kernel == dispatch.SMALL_M:
-            config = small_m_gemm.Config(*choice.config)
-            return small_m_gemm.scaled_linear(
-                x, x_scale, weight, weight_scale, bias=bias, out_dtype=out_dtype, config=config
-            )
+    if config := scaled_linear.config(_KIND, x.shape[0], weight.shape):
+        return small_m_gemm.scaled_linear(
+            x, x_scale, weight, weight_scale, bias=bias, out_dtype=out_dtype, config=config
+        )
     gemm = vllm_compat.CUTLASS_GEMM.get()
     return gemm(x, weight.t(), out_dtype=out_dtype, scale_a=x_scale, scale_b=weight_scale, bias=bias)
 
@@ -92,17 +86,9 @@ def choice(layer: torch.nn.Module, num_tokens: int) -> dispatch.Choice | None:
     kernel = report.linear_kernel(layer)
     if not isinstance(kernel, B200CutlassFp8Kernel):
         return None
-    few = dispatch.small_m_gemm(_KIND, num_tokens, *kernel.config.weight_shape, library.capability())
-    return dispatch.Choice(few.kernel if few.kernel == dispatch.SMALL_M else _Cutlass.__name__, few.reason)
+    return scaled_linear.choice(_KIND, _Cutlass, kernel.config.weight_shape, num_tokens)
 
 
 def apply() -> None:
     """Put our class into vLLM's list, once. Raises FeatureUnavailable where there is nothing to run it."""
-    platform = vllm_compat.CURRENT_PLATFORM.get()
-    if not platform.is_cuda():
-        raise NotForThisPlatform(f"for CUDA, vLLM runs on {platform.device_name}")
-    library.require()
-    kernels = vllm_compat.FP8_KERNELS.get()[vllm_compat.PLATFORM_ENUM.get().CUDA]
-    if B200CutlassFp8Kernel not in kernels:
-        kernels.insert(kernels.index(_Cutlass) if _Cutlass in kernels else 0, B200CutlassFp8Kernel)
-    vllm_compat.LINEAR_BACKENDS.get().setdefault("cutlass", set()).add(B200CutlassFp8Kernel)
+    scaled_linear.put_before(_Cutlass, B200CutlassFp8Kernel, vllm_compat.FP8_KERNELS)
