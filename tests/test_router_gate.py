@@ -16,14 +16,14 @@ def vllm_gate():
     from vllm.model_executor.layers.fused_moe.router.fused_topk_router import FusedTopKRouter
     from vllm.model_executor.layers.fused_moe.router.gate_linear import GateLinear
 
-    original = FusedTopKRouter._compute_routing
     from vllm_b200_plugin.integration import router_gate
 
-    router_gate.replace()
-    router_gate.replace()
+    router_gate.put_in_place()
+    router_gate.put_in_place()
     yield GateLinear, FusedTopKRouter
     del custom_op.op_registry_oot["GateLinear"]
-    FusedTopKRouter._compute_routing = original
+    for router_class in router_gate._RULES:
+        router_class._compute_routing = router_class._compute_routing.b200_original
 
 
 @pytest.fixture

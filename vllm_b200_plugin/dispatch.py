@@ -18,6 +18,7 @@ SMALL_M = "small_m_gemm"  # ours, ops/small_m_gemm.py
 REFERENCE = "reference"  # in PyTorch, on CPU
 GATE = "gate"  # our gate of MoE layers, for few tokens
 ROUTER = "router"  # the gate with the selection of experts, in one kernel
+SPLIT_ROUTER = "split_router"  # the same in two kernels that share the gate's sum
 FEW_TOKENS = "few_tokens"  # ours for MoE layers
 VLLM = "vllm"  # none of ours: vLLM goes on through its own list
 
@@ -160,8 +161,13 @@ def gate(num_tokens: int, num_experts: int, hidden_size: int, low_latency: bool 
     return Choice(GATE, shape)
 
 
-def fused_router(num_tokens: int, num_experts: int, hidden_size: int) -> Choice:
-    """Whether the gate, bf16 [num_experts, hidden_size], and the selection of experts go in one kernel."""
+def fused_router(num_tokens: int, num_experts: int, hidden_size: int, split: bool = False) -> Choice:
+    """The kernels of a gate, bf16 [num_experts, hidden_size], and the selection of experts; GATE: one for each.
+
+    split: whether the two kernels of the split router take the selection.
+    """
+    if split:
+        return Choice(SPLIT_ROUTER, "two kernels, the second adds up what the first has of each slice of hidden_size")
     if not 32 <= num_experts <= 256:
         return Choice(GATE, f"two kernels: one cluster takes 32 to 256 experts, got {num_experts}")
     if 2 * num_experts * hidden_size > FUSED_ROUTER_BYTES:

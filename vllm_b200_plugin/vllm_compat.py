@@ -311,6 +311,20 @@ FUSED_TOPK_ROUTER = Private(
     "to take those that our gate made along with the logits",
     _FUSED_ROUTER,
 )
+FUSED_TOPK_BIAS_ROUTER = Private(
+    f"{_ROUTER}.fused_topk_bias_router",
+    "FusedTopKBiasRouter",
+    "the same with e_score_correction_bias",
+    "to take those that our gate made along with the logits",
+    _FUSED_ROUTER,
+)
+GROUPED_TOPK_ROUTER = Private(
+    f"{_ROUTER}.grouped_topk_router",
+    "GroupedTopKRouter",
+    "the same from the best groups of experts, DeepSeek's router",
+    "to take those that our gate made along with the logits",
+    _FUSED_ROUTER,
+)
 PADDING_MASK = Private(
     f"{_ROUTER}.fused_topk_router",
     "_get_padding_mask",
