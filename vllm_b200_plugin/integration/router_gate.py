@@ -99,15 +99,20 @@ class B200GateLinear(_Base):
             and getattr(self, "allow_ll_bf16_gemm", False)
             and num_tokens <= self.LL_BF16_MAX_TOKENS
         )
-        shape = tuple(self.weight.shape)
-        together = self._consumer and _together(num_tokens, shape, self._consumer.selection).kernel != dispatch.GATE
-        return bool(together) or dispatch.gate(num_tokens, *shape, low_latency).kernel == dispatch.GATE
+        consumer = self._consumer
+        if consumer is not None and _together(num_tokens, self.weight, consumer.selection).kernel != dispatch.GATE:
+            return True
+        num_experts, hidden_size = self.weight.shape
+        return dispatch.gate(num_tokens, num_experts, hidden_size, low_latency).kernel == dispatch.GATE
 
-    def wanted_by(self, consumer: Consumer) -> None:
-        """From now on the router's selection is made along with the logits."""
+    def wanted_by(self, consumer: Consumer | None) -> None:
+        """From now on a router's selection is made along with the logits; None: by the router itself."""
         self._asked, self._consumer = True, consumer
-        reason = _together(router_ops.MAX_TOKENS, tuple(self.weight.shape), consumer.selection).reason
-        report.chosen("MoE selection behind the gate", "ours", reason)
+        if consumer is None:
+            report.chosen("MoE selection behind the gate", "the router's own", "it does what our kernels do not")
+        else:
+            reason = _together(router_ops.MAX_TOKENS, self.weight, consumer.selection).reason
+            report.chosen("MoE selection behind the gate", "ours", reason)
 
     def _route(self, x: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
         consumer = self._consumer
@@ -115,7 +120,7 @@ class B200GateLinear(_Base):
             return router_ops.router_gate(x, self.weight, out_dtype, pdl=True)
         selection, bias = consumer.selection, consumer.bias
         extra = {"ids_dtype": consumer.ids_dtype, "is_padding": consumer.padding(x.shape[0]), "pdl": True}
-        kernel = _together(x.shape[0], tuple(self.weight.shape), selection).kernel
+        kernel = _together(x.shape[0], self.weight, selection).kernel
         if kernel == dispatch.GATE:
             logits = router_ops.router_gate(x, self.weight, out_dtype, pdl=True)
             weights, ids = select_experts(logits, selection, bias, **extra)
@@ -129,10 +134,11 @@ class B200GateLinear(_Base):
         return (logits, None) if self.return_bias else logits
 
 
-def _together(num_tokens: int, shape: tuple[int, int], selection: Selection) -> dispatch.Choice:
-    """The kernels of the gate, [num_experts, hidden_size], and the selection; GATE: one for each."""
-    split = router_ops.split_refusal(shape[0], selection) is None
-    return dispatch.fused_router(num_tokens, *shape, split)
+def _together(num_tokens: int, weight: torch.Tensor, selection: Selection) -> dispatch.Choice:
+    """The kernels of a gate [num_experts, hidden_size] and the selection; GATE: one for each."""
+    num_experts, hidden_size = weight.shape
+    split = router_ops.split_refusal(num_experts, selection) is None
+    return dispatch.fused_router(num_tokens, num_experts, hidden_size, split)
 
 
 def _takes(x: torch.Tensor, weight: torch.Tensor, out_dtype: torch.dtype) -> bool:
@@ -230,8 +236,9 @@ def _carry(compute_routing: Any) -> Any:
         if selected is not None and selected.router is self and selected.ids.dtype == ids_dtype:
             return selected.weights, selected.ids
         gate = getattr(router_logits, _GATE, None)
-        if gate is not None and (selection := _selection(self, router_logits.shape[1])) is not None:
-            gate.wanted_by(Consumer(self, selection, ids_dtype))
+        if gate is not None:
+            selection = _selection(self, router_logits.shape[1])
+            gate.wanted_by(None if selection is None else Consumer(self, selection, ids_dtype))
         return compute_routing(self, hidden_states, router_logits, indices_type, **kwargs)
 
     carried.b200_original = compute_routing  # type: ignore[attr-defined]
