@@ -90,8 +90,9 @@ def test_other_forms_of_the_gate(make, kwargs):
 def test_where_vllms_low_latency_kernel_is_faster_it_runs(make, monkeypatch):
     gate = make[0](out_dtype=torch.float32)
     gate.allow_ll_bf16_gemm = True
-    assert [gate._is_faster(n, torch.float32) for n in (1, 2, 3, 16, 17)] == [True, True, False, False, True]
-    assert gate._is_faster(3, torch.bfloat16)
+    faster = [gate._plan(n, torch.float32, None).kernel == "gate" for n in (1, 2, 3, 16, 17)]
+    assert faster == [True, True, False, False, True]
+    assert gate._plan(3, torch.bfloat16, None).kernel == "gate"
 
 
 def test_a_gate_that_ours_does_not_take_stays_vllms(make):

@@ -19,6 +19,7 @@ REFERENCE = "reference"  # in PyTorch, on CPU
 GATE = "gate"  # our gate of MoE layers, for few tokens
 ROUTER = "router"  # the gate with the selection of experts, in one kernel
 SPLIT_ROUTER = "split_router"  # the same in two kernels that share the gate's sum
+TOPK = "topk"  # the selection of experts on its own
 FEW_TOKENS = "few_tokens"  # ours for MoE layers
 VLLM = "vllm"  # none of ours: vLLM goes on through its own list
 

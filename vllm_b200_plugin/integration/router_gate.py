@@ -82,8 +82,11 @@ class B200GateLinear(_Base):
         if torch.compiler.is_compiling():
             # What is traced must not depend on the number of tokens.
             return self._in_vllm_form(torch.ops.vllm_b200.gate_linear(x, self.weight, out_dtype))
-        if _takes(x, self.weight, out_dtype) and self._is_faster(x.shape[0], out_dtype):
-            logits = self._route(x, out_dtype)
+        kernel = dispatch.VLLM
+        if _takes(x, self.weight, out_dtype):
+            kernel = self._plan(x.shape[0], out_dtype, self._consumer and self._consumer.selection).kernel
+        if kernel != dispatch.VLLM:
+            logits = self._route(x, out_dtype, kernel)
             result = self._in_vllm_form(logits)
         else:
             result = super().forward(x)
@@ -92,18 +95,20 @@ class B200GateLinear(_Base):
             setattr(logits, _GATE, self)
         return result
 
-    def _is_faster(self, num_tokens: int, out_dtype: torch.dtype) -> bool:
-        """Whether ours is, the gate alone or with the selection in one kernel, than what vLLM would run."""
+    def _plan(self, num_tokens: int, out_dtype: torch.dtype, selection: Selection | None) -> dispatch.Choice:
+        """What runs for so many tokens, with the selection if there is one; dispatch.VLLM: vLLM's gate."""
+        if (
+            selection is not None
+            and (together := _together(num_tokens, self.weight, selection)).kernel != dispatch.GATE
+        ):
+            return together
         low_latency = (
             out_dtype == torch.float32
             and getattr(self, "allow_ll_bf16_gemm", False)
             and num_tokens <= self.LL_BF16_MAX_TOKENS
         )
-        consumer = self._consumer
-        if consumer is not None and _together(num_tokens, self.weight, consumer.selection).kernel != dispatch.GATE:
-            return True
         num_experts, hidden_size = self.weight.shape
-        return dispatch.gate(num_tokens, num_experts, hidden_size, low_latency).kernel == dispatch.GATE
+        return dispatch.gate(num_tokens, num_experts, hidden_size, low_latency)
 
     def wanted_by(self, consumer: Consumer | None) -> None:
         """From now on a router's selection is made along with the logits; None: by the router itself."""
@@ -114,13 +119,12 @@ class B200GateLinear(_Base):
             reason = _together(router_ops.MAX_TOKENS, self.weight, consumer.selection).reason
             report.chosen("MoE selection behind the gate", "ours", reason)
 
-    def _route(self, x: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
+    def _route(self, x: torch.Tensor, out_dtype: torch.dtype, kernel: str) -> torch.Tensor:
         consumer = self._consumer
         if consumer is None:
             return router_ops.router_gate(x, self.weight, out_dtype, pdl=True)
         selection, bias = consumer.selection, consumer.bias
         extra = {"ids_dtype": consumer.ids_dtype, "is_padding": consumer.padding(x.shape[0]), "pdl": True}
-        kernel = _together(x.shape[0], self.weight, selection).kernel
         if kernel == dispatch.GATE:
             logits = router_ops.router_gate(x, self.weight, out_dtype, pdl=True)
             weights, ids = select_experts(logits, selection, bias, **extra)
@@ -246,18 +250,35 @@ def _carry(compute_routing: Any) -> Any:
 
 
 def choice(layer: torch.nn.Module, num_tokens: int) -> dispatch.Choice | None:
-    """What a gate of ours runs for so many tokens; None where that is vLLM's."""
-    if not isinstance(layer, B200GateLinear) or not layer._candidate:
+    """What a gate of ours runs for so many tokens, or the router behind one; None where that is vLLM's."""
+    gate = layer if isinstance(layer, B200GateLinear) else getattr(layer, "gate", None)
+    if not isinstance(gate, B200GateLinear) or not gate._candidate:
         return None
-    out_dtype = layer.out_dtype or torch.bfloat16
-    if router_ops.refusal(num_tokens, layer.weight, out_dtype) is not None:
+    out_dtype = gate.out_dtype or torch.bfloat16
+    if router_ops.refusal(num_tokens, gate.weight, out_dtype) is not None:
         return None
-    fused = dispatch.fused_router(num_tokens, *layer.weight.shape)
-    if layer._may_carry and fused.kernel == dispatch.ROUTER:
+    if gate is layer:
+        return _gate_choice(gate, num_tokens, out_dtype)
+    selection = _selection(getattr(layer, "router", None), gate.weight.shape[0])
+    if selection is None or not gate._may_carry:
+        return None
+    plan = gate._plan(num_tokens, out_dtype, selection)
+    return None if plan.kernel == dispatch.VLLM else _behind_the_gate(plan)
+
+
+def _gate_choice(gate: B200GateLinear, num_tokens: int, out_dtype: torch.dtype) -> dispatch.Choice | None:
+    """Of the gate on its own, which does not know its router."""
+    fused = dispatch.fused_router(num_tokens, *gate.weight.shape)
+    if gate._may_carry and fused.kernel == dispatch.ROUTER:
         return dispatch.Choice(fused.kernel, "with the selection where vLLM's runner lets it, else the gate alone")
-    if not layer._is_faster(num_tokens, out_dtype):
-        return None
-    return dispatch.gate(num_tokens, *layer.weight.shape)
+    plan = gate._plan(num_tokens, out_dtype, None)
+    return None if plan.kernel == dispatch.VLLM else plan
+
+
+def _behind_the_gate(plan: dispatch.Choice) -> dispatch.Choice:
+    """The router's part of a plan."""
+    kernel = dispatch.TOPK if plan.kernel == dispatch.GATE else plan.kernel
+    return dispatch.Choice(kernel, f"ours with the gate: {plan.reason}")
 
 
 def apply() -> None:
