@@ -47,7 +47,9 @@ ENVIRONMENT_VARIABLES = Private(
     "to make our version and features part of that key, and to make our variables known ones",
     "a hook for plugins in vLLM's compile-cache key",
 )
-ENVS = Private("vllm", "envs", "lazy environment variables", "VLLM_BATCH_INVARIANT, VLLM_DISABLED_KERNELS", "-")
+ENVS = Private(
+    "vllm", "envs", "lazy environment variables", "VLLM_BATCH_INVARIANT, VLLM_DISABLED_KERNELS, grouped top-k", "-"
+)
 CURRENT_PLATFORM = Private(
     "vllm.platforms", "current_platform", "the device vLLM runs on", "CPU or CUDA, and which", "-"
 )

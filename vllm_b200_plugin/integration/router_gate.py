@@ -84,7 +84,8 @@ class B200GateLinear(_Base):
             return self._in_vllm_form(torch.ops.vllm_b200.gate_linear(x, self.weight, out_dtype))
         kernel = dispatch.VLLM
         if _takes(x, self.weight, out_dtype):
-            kernel = self._plan(x.shape[0], out_dtype, self._consumer and self._consumer.selection).kernel
+            selection = None if self._consumer is None else self._consumer.selection
+            kernel = self._plan(x.shape[0], out_dtype, selection).kernel
         if kernel != dispatch.VLLM:
             logits = self._route(x, out_dtype, kernel)
             result = self._in_vllm_form(logits)
