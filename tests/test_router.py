@@ -13,6 +13,9 @@ SPLIT_CASES = [
     (256, 104, Selection(6, *GROUPED, 16, 3)),
     (64, 2048, Selection(8, Scoring.TANH_SIGMOID, False, 1.0, 16, 16)),
     (40, 1000, Selection(1, Scoring.SIGMOID)),
+    (128, 2048, Selection(8)),
+    (264, 520, Selection(6, renormalize=False)),
+    (512, 2880, Selection(4)),
     (512, 16384, Selection(8, Scoring.SIGMOID, False, 2.5)),
     (128, 40000, Selection(8, Scoring.NONE, True, 1.0, 4, 2)),
 ]
@@ -68,7 +71,7 @@ def test_router(device: str, num_tokens: int, num_experts: int, hidden_size: int
 @pytest.mark.parametrize("num_tokens", NUM_TOKENS)
 def test_split_router(device: str, num_tokens: int, num_experts: int, hidden_size: int, selection: Selection) -> None:
     x, weight = operands(device, num_tokens, num_experts, hidden_size)
-    bias = None if selection.scoring is Scoring.SIGMOID else torch.randn(num_experts).to(device) / 8
+    bias = None if selection.scoring <= Scoring.SIGMOID else torch.randn(num_experts).to(device) / 8
     is_padding = torch.arange(num_tokens, device=device) % 5 == 4
     for dtype, ids_dtype, padding in ((torch.float32, torch.int64, is_padding), (torch.bfloat16, torch.int32, None)):
         logits, weights, ids = split_router(
@@ -80,7 +83,7 @@ def test_split_router(device: str, num_tokens: int, num_experts: int, hidden_siz
         expected = select_experts(many, selection, bias, ids_dtype=ids_dtype)
         if padding is not None:
             expected[1][:num_tokens][padding] = -1
-            if selection.scoring is not Scoring.SIGMOID:
+            if selection.scoring > Scoring.SIGMOID:
                 expected[0][:num_tokens][padding] = 0
         assert torch.equal(ids, expected[1][:num_tokens])
         assert torch.equal(weights, expected[0][:num_tokens])
@@ -199,8 +202,7 @@ def test_router_takes_what_fits_a_cluster() -> None:
 def test_split_router_takes_what_a_block_selects() -> None:
     x, weight = torch.zeros(1, 64).bfloat16(), torch.zeros(128, 64).bfloat16()
     for selection, message in (
-        (Selection(8), "selection: takes SIGMOID, TANH_SIGMOID or NONE, got SOFTMAX"),
-        (Selection(9, *GROUPED), "topk: takes up to 8, got 9"),
+        (Selection(9), "topk: takes up to 8, got 9"),
         (Selection(8, *GROUPED, 32, 4), "num_groups: takes up to 16, got 32"),
         (Selection(8, *GROUPED, 6, 4), "num_groups: takes groups of"),
     ):

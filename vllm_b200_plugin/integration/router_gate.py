@@ -142,7 +142,7 @@ class B200GateLinear(_Base):
 def _together(num_tokens: int, weight: torch.Tensor, selection: Selection) -> dispatch.Choice:
     """The kernels of a gate [num_experts, hidden_size] and the selection; GATE: one for each."""
     num_experts, hidden_size = weight.shape
-    split = router_ops.split_refusal(num_experts, selection) is None
+    split = selection.scoring > Scoring.SOFTMAX and router_ops.split_refusal(num_experts, selection) is None
     return dispatch.fused_router(num_tokens, num_experts, hidden_size, split)
 
 

@@ -250,11 +250,12 @@ cudaError_t split_router(const GateParams& p, const SelectParams& select, const 
                                               : launch_gate_slices<8, 4, 1>(p, sums, slices, stream);
   if (error != cudaSuccess) return error;
   switch (select.scoring) {
+    case Scoring::kSoftmax: return launch_select_slices<Scoring::kSoftmax>(p, select, out, sums, slices, stream);
     case Scoring::kSigmoid: return launch_select_slices<Scoring::kSigmoid>(p, select, out, sums, slices, stream);
     case Scoring::kTanhSigmoid: return launch_select_slices<Scoring::kTanhSigmoid>(p, select, out, sums, slices, stream);
     case Scoring::kNone: return launch_select_slices<Scoring::kNone>(p, select, out, sums, slices, stream);
-    default: return cudaErrorInvalidValue;
   }
+  return cudaErrorInvalidValue;
 }
 
 // --- gate and selection: one cluster, every block has all of K for some of the experts

@@ -9,7 +9,7 @@
 namespace vllm_b200 {
 namespace {
 
-// Few tokens by sigmoid scores, where a block's threads make the scores at once.
+// Few tokens: a block's threads make the scores and rank them at once.
 template <Scoring kScoring>
 __global__ void __launch_bounds__(32 * kMaxLists) topk_block_kernel(const __grid_constant__ TopKParams p) {
   pdl_trigger();
@@ -27,7 +27,7 @@ cudaError_t launch_block(const TopKParams& p, cudaStream_t stream) {
                        stream, p.pdl, p);
 }
 
-// Else one warp a token: one round trip to memory and no barrier.
+// Many tokens, or more experts to choose than a list holds: one warp a token.
 
 constexpr int kMaxWarps = 4, kMaxBlockTokens = 512;
 
@@ -55,9 +55,7 @@ cudaError_t launch(const TopKParams& p, cudaStream_t stream) {
 
 template <Scoring kScoring>
 cudaError_t choose_kernel(const TopKParams& p, cudaStream_t stream) {
-  if constexpr (kScoring != Scoring::kSoftmax) {
-    if (p.out.num_tokens <= kMaxBlockTokens && block_selects(p.select)) return launch_block<kScoring>(p, stream);
-  }
+  if (p.out.num_tokens <= kMaxBlockTokens && block_selects(p.select)) return launch_block<kScoring>(p, stream);
   switch ((p.select.num_experts + 127) / 128) {
     case 1: return launch<kScoring, 1>(p, stream);
     case 2: return launch<kScoring, 2>(p, stream);
