@@ -107,7 +107,9 @@ def routers() -> Iterator[Call]:
             x, weight = gate_operands("cpu", tokens, experts, hidden)
             yield lambda x=x, weight=weight: router_gate(x.cuda(), weight.cuda(), torch.bfloat16)
             yield lambda x=x, weight=weight: router(x.cuda(), weight.cuda(), Selection(8), pdl=True)
-            yield lambda x=x, weight=weight: split_router(x.cuda(), weight.cuda(), Selection(8), pdl=True)
+            yield lambda x=x, weight=weight: split_router(
+                x.cuda(), weight.cuda(), Selection(8, Scoring.SIGMOID), pdl=True
+            )
             if experts == 256:
                 grouped = Selection(8, Scoring.TANH_SIGMOID, True, 2.5, 8, 4)
                 yield lambda x=x, weight=weight, rule=grouped: split_router(x.cuda(), weight.cuda(), rule, pdl=True)

@@ -13,9 +13,7 @@ SPLIT_CASES = [
     (256, 104, Selection(6, *GROUPED, 16, 3)),
     (64, 2048, Selection(8, Scoring.TANH_SIGMOID, False, 1.0, 16, 16)),
     (40, 1000, Selection(1, Scoring.SIGMOID)),
-    (128, 2048, Selection(8)),
-    (264, 520, Selection(6, renormalize=False)),
-    (512, 2880, Selection(4)),
+    (264, 520, Selection(6, Scoring.SIGMOID)),
     (512, 16384, Selection(8, Scoring.SIGMOID, False, 2.5)),
     (128, 40000, Selection(8, Scoring.NONE, True, 1.0, 4, 2)),
 ]
@@ -71,22 +69,27 @@ def test_router(device: str, num_tokens: int, num_experts: int, hidden_size: int
 @pytest.mark.parametrize("num_tokens", NUM_TOKENS)
 def test_split_router(device: str, num_tokens: int, num_experts: int, hidden_size: int, selection: Selection) -> None:
     x, weight = operands(device, num_tokens, num_experts, hidden_size)
-    bias = None if selection.scoring <= Scoring.SIGMOID else torch.randn(num_experts).to(device) / 8
+    bias = None if selection.scoring is Scoring.SIGMOID else torch.randn(num_experts).to(device) / 8
     is_padding = torch.arange(num_tokens, device=device) % 5 == 4
     for dtype, ids_dtype, padding in ((torch.float32, torch.int64, is_padding), (torch.bfloat16, torch.int32, None)):
         logits, weights, ids = split_router(
             x, weight, selection, bias, logits_dtype=dtype, ids_dtype=ids_dtype, is_padding=padding
         )
         assert error_of(logits, x.double() @ weight.double().t()) < (1e-9 if dtype == torch.float32 else 1e-5)
-        # The reference's sort, which is stable, and the kernel for many tokens, which pads these few.
-        many = torch.cat([logits, logits.new_zeros(1000, num_experts)])
-        expected = select_experts(many, selection, bias, ids_dtype=ids_dtype)
-        if padding is not None:
-            expected[1][:num_tokens][padding] = -1
-            if selection.scoring > Scoring.SIGMOID:
-                expected[0][:num_tokens][padding] = 0
-        assert torch.equal(ids, expected[1][:num_tokens])
-        assert torch.equal(weights, expected[0][:num_tokens])
+        expected = select_experts(logits, selection, bias, ids_dtype=ids_dtype, is_padding=padding)
+        assert torch.equal(ids, expected[1]) and torch.equal(weights, expected[0])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("equal", [2, 8, 256])
+def test_ties_of_a_split_router_go_to_the_lower_expert(device: str, equal: int) -> None:
+    x, weight = operands(device, 32, 256, 512)
+    weight = weight[: 256 // equal].repeat_interleave(equal, 0).contiguous()
+    for selection in (Selection(8, *GROUPED, 8, 4), Selection(8, *GROUPED), Selection(7, Scoring.SIGMOID)):
+        logits, weights, ids = split_router(x, weight, selection)
+        expected = select_experts(logits.cpu(), selection)
+        assert torch.equal(ids.cpu(), expected[1])
+        torch.testing.assert_close(weights.cpu(), expected[0], rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -134,7 +137,7 @@ def test_a_nan_stays_in_its_row_of_a_split_router(device: str, num_tokens: int) 
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("num_tokens", [1, 16])
+@pytest.mark.parametrize("num_tokens", [3, 16, 32])
 def test_split_router_in_a_cuda_graph(num_tokens: int) -> None:
     x, weight = operands("cuda", num_tokens, 256, 7168)
     rule, bias = Selection(8, *GROUPED, 8, 4), torch.randn(256, device="cuda") / 8
@@ -202,7 +205,8 @@ def test_router_takes_what_fits_a_cluster() -> None:
 def test_split_router_takes_what_a_block_selects() -> None:
     x, weight = torch.zeros(1, 64).bfloat16(), torch.zeros(128, 64).bfloat16()
     for selection, message in (
-        (Selection(9), "topk: takes up to 8, got 9"),
+        (Selection(8), "selection: takes SIGMOID, TANH_SIGMOID or NONE, got SOFTMAX"),
+        (Selection(9, *GROUPED), "topk: takes up to 8, got 9"),
         (Selection(8, *GROUPED, 32, 4), "num_groups: takes up to 16, got 32"),
         (Selection(8, *GROUPED, 6, 4), "num_groups: takes groups of"),
     ):

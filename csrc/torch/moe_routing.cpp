@@ -164,8 +164,8 @@ void split_router_op(const Tensor& x, const Tensor& weight, Tensor logits, Tenso
   const GateParams params = gate_params(x, weight, logits, pdl);
   const SelectParams select = select_params(params.num_experts, device, topk, scoring, renormalize, scale,
                                             num_groups, topk_group, bias);
-  STD_TORCH_CHECK(block_selects(select), "topk, num_groups: take up to ", kListSize, " and up to ", kMaxLists, ", got ",
-                  topk, " and ", num_groups);
+  STD_TORCH_CHECK(block_selects(select), "scoring, topk, num_groups: take 1 to 3, up to ", kListSize, " and up to ",
+                  kMaxLists, ", got ", scoring, ", ", topk, " and ", num_groups);
   const SelectOutputs out = select_outputs(params.num_tokens, topk, device, weights, ids, std::nullopt, is_padding);
   check_flat(sums, kMaxGateSlices * logits.numel(), device, "sums");
   STD_TORCH_CHECK(sums.scalar_type() == ScalarType::Float, "sums: takes float32");

@@ -98,16 +98,16 @@ class B200GateLinear(_Base):
 
     def _plan(self, num_tokens: int, out_dtype: torch.dtype, selection: Selection | None) -> dispatch.Choice:
         """What runs for so many tokens, with the selection if there is one; dispatch.VLLM: vLLM's gate."""
-        if (
-            selection is not None
-            and (together := _together(num_tokens, self.weight, selection)).kernel != dispatch.GATE
-        ):
-            return together
         low_latency = (
             out_dtype == torch.float32
             and getattr(self, "allow_ll_bf16_gemm", False)
             and num_tokens <= self.LL_BF16_MAX_TOKENS
         )
+        if selection is not None:
+            together = _together(num_tokens, self.weight, selection)
+            # The split router was not compared with vLLM's low-latency kernel.
+            if together.kernel == dispatch.ROUTER or (together.kernel == dispatch.SPLIT_ROUTER and not low_latency):
+                return together
         num_experts, hidden_size = self.weight.shape
         return dispatch.gate(num_tokens, num_experts, hidden_size, low_latency)
 
@@ -142,8 +142,10 @@ class B200GateLinear(_Base):
 def _together(num_tokens: int, weight: torch.Tensor, selection: Selection) -> dispatch.Choice:
     """The kernels of a gate [num_experts, hidden_size] and the selection; GATE: one for each."""
     num_experts, hidden_size = weight.shape
-    split = selection.scoring > Scoring.SOFTMAX and router_ops.split_refusal(num_experts, selection) is None
-    return dispatch.fused_router(num_tokens, num_experts, hidden_size, split)
+    one_cluster, split = (
+        refusal(num_experts, selection) is None for refusal in (router_ops.fused_refusal, router_ops.split_refusal)
+    )
+    return dispatch.fused_router(num_tokens, num_experts, hidden_size, one_cluster, split)
 
 
 def _takes(x: torch.Tensor, weight: torch.Tensor, out_dtype: torch.dtype) -> bool:

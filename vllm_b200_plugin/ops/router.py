@@ -95,7 +95,7 @@ def split_router(
     """As router(), in two kernels that share the gate's sum: the gate's blocks each have a slice of hidden_size, the
     selection's blocks, one a token, add up the slices.
 
-    Args: as for router_gate() and select_experts(); topk up to 8, up to 16 groups.
+    Args: as for router_gate() and select_experts(); no SOFTMAX, topk up to 8, up to 16 groups.
     Returns and raises: as router().
     """
     logits, weights, ids = _outputs(
@@ -157,6 +157,8 @@ def fused_refusal(num_experts: int, selection: Selection) -> str | None:
 
 def split_refusal(num_experts: int, selection: Selection) -> str | None:
     """Why split_router() does not take a selection from that many experts; None where it does."""
+    if selection.scoring is Scoring.SOFTMAX:
+        return "selection: takes SIGMOID, TANH_SIGMOID or NONE, got SOFTMAX"
     if selection.topk > SPLIT_TOPK:
         return f"topk: takes up to {SPLIT_TOPK}, got {selection.topk}"
     if selection.num_groups > SPLIT_WARPS:

@@ -15,8 +15,6 @@ namespace {
 
 namespace cg = cooperative_groups;
 
-constexpr int kMaxDotTokens = 2;
-
 // --- the gate for very few tokens: a block has one expert, and multiplies on the CUDA cores
 
 // x . w of eight elements, added to sum in order.
@@ -237,25 +235,21 @@ cudaError_t launch_select_slices(const GateParams& p, const SelectParams& select
 
 }  // namespace
 
+// On an H200 the best, or within 0.3 us of it, of six layouts from 2 to 16 warps for 256 and 384 experts of 7168.
 cudaError_t split_router(const GateParams& p, const SelectParams& select, const SelectOutputs& out, float* sums,
                          cudaStream_t stream) {
   if (p.num_tokens == 0) return cudaSuccess;
   if (!block_selects(select)) return cudaErrorInvalidValue;
-  if (p.num_tokens <= kMaxDotTokens) {
-    const cudaError_t error = gate(p, stream);
-    return error != cudaSuccess ? error : topk({p.logits, p.logits_type, p.num_experts, select, out, true}, stream);
-  }
   int slices = 0;
-  const cudaError_t error = p.num_tokens > 16 ? launch_gate_slices<8, 4, 2>(p, sums, slices, stream)
-                                              : launch_gate_slices<8, 4, 1>(p, sums, slices, stream);
+  const cudaError_t error = p.num_tokens > 16 ? launch_gate_slices<16, 2, 2>(p, sums, slices, stream)
+                                              : launch_gate_slices<4, 4, 1>(p, sums, slices, stream);
   if (error != cudaSuccess) return error;
   switch (select.scoring) {
-    case Scoring::kSoftmax: return launch_select_slices<Scoring::kSoftmax>(p, select, out, sums, slices, stream);
     case Scoring::kSigmoid: return launch_select_slices<Scoring::kSigmoid>(p, select, out, sums, slices, stream);
     case Scoring::kTanhSigmoid: return launch_select_slices<Scoring::kTanhSigmoid>(p, select, out, sums, slices, stream);
     case Scoring::kNone: return launch_select_slices<Scoring::kNone>(p, select, out, sums, slices, stream);
+    default: return cudaErrorInvalidValue;
   }
-  return cudaErrorInvalidValue;
 }
 
 // --- gate and selection: one cluster, every block has all of K for some of the experts

@@ -44,36 +44,11 @@ __device__ __forceinline__ uint32_t best_groups(const SelectParams& p, const uin
   return __ballot_sync(kAllLanes, lane < p.num_groups && better < p.topk_group);
 }
 
-// The score of this thread's expert in the softmax of all logits, by make_scores()'s order of additions: every warp
-// adds up all of them.
-__device__ __forceinline__ float block_softmax(const SelectParams& p, int expert, float logit) {
-  __shared__ __align__(16) float row[kMaxRoutedExperts];
-  const int lane = threadIdx.x % 32;
-  if (expert >= 0) row[expert] = logit;
-  __syncthreads();
-  float x[kMaxRoutedExperts / 32], largest = -kInfinity, sum = 0.0f;
-#pragma unroll
-  for (int j = 0; j < kMaxRoutedExperts / 32; ++j) {
-    if (j / 4 * 128 >= p.num_experts) break;
-    x[j] = expert_of(lane, j) < p.num_experts ? row[expert_of(lane, j)] : -kInfinity;
-    largest = fmaxf(largest, x[j]);
-  }
-  largest = from_ordered(__reduce_max_sync(kAllLanes, ordered(largest)));
-#pragma unroll
-  for (int j = 0; j < kMaxRoutedExperts / 32; ++j) {
-    if (j / 4 * 128 >= p.num_experts) break;
-    sum += expf(x[j] - largest);
-  }
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(kAllLanes, sum, step);
-  const float score = expf(logit - largest) * reciprocal(sum);
-  return fabsf(score) < kInfinity ? score : 0.0f;
-}
-
 // One row. expert: of this thread, logit: its logit, bias: its bias. All threads of block_select_warps() warps take part.
 template <Scoring kScoring>
 __device__ __forceinline__ void select_row_by_block(const SelectParams& p, const SelectOutputs& out, int64_t token,
                                                     int expert, float bias, float logit) {
+  static_assert(kScoring != Scoring::kSoftmax);
   __shared__ __align__(16) uint32_t choices[kMaxLists][32];
   __shared__ __align__(16) uint64_t lists[kMaxLists][kListSize];  // as in Candidates, 0 for none
   __shared__ float list_scores[kMaxLists][kListSize];
@@ -82,11 +57,7 @@ __device__ __forceinline__ void select_row_by_block(const SelectParams& p, const
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 
   float score[1] = {logit};
-  if constexpr (kScoring == Scoring::kSoftmax) {
-    score[0] = block_softmax(p, expert, logit);
-  } else {
-    make_scores<kScoring>(score);
-  }
+  make_scores<kScoring>(score);
   const uint32_t choice = expert >= 0 ? ordered(score[0] + bias) : 0;
   choices[warp][lane] = choice;
   __syncwarp();

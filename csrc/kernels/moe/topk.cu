@@ -4,32 +4,13 @@
 
 #include "../common/launch.cuh"
 #include "select.cuh"
-#include "select_block.cuh"
+
+// One warp a token: decode wants one round trip to memory and no barrier.
 
 namespace vllm_b200 {
 namespace {
 
-// Few tokens: a block's threads make the scores and rank them at once.
-template <Scoring kScoring>
-__global__ void __launch_bounds__(32 * kMaxLists) topk_block_kernel(const __grid_constant__ TopKParams p) {
-  pdl_trigger();
-  const int64_t token = blockIdx.x;
-  const int expert = expert_of_thread(p.select);
-  const float bias = load_bias(p.select, expert);
-  pdl_wait();
-  const float logit = expert < 0 ? 0.0f : load_float(p.logits, p.logits_type, token * p.stride + expert);
-  select_row_by_block<kScoring>(p.select, p.out, token, expert, bias, logit);
-}
-
-template <Scoring kScoring>
-cudaError_t launch_block(const TopKParams& p, cudaStream_t stream) {
-  return launch_kernel(topk_block_kernel<kScoring>, dim3(p.out.num_tokens), dim3(32 * block_select_warps(p.select)), 0,
-                       stream, p.pdl, p);
-}
-
-// Many tokens, or more experts to choose than a list holds: one warp a token.
-
-constexpr int kMaxWarps = 4, kMaxBlockTokens = 512;
+constexpr int kMaxWarps = 4;
 
 template <Scoring kScoring, int kQuads>
 __global__ void __launch_bounds__(32 * kMaxWarps) topk_kernel(const __grid_constant__ TopKParams p) {
@@ -54,8 +35,7 @@ cudaError_t launch(const TopKParams& p, cudaStream_t stream) {
 }
 
 template <Scoring kScoring>
-cudaError_t choose_kernel(const TopKParams& p, cudaStream_t stream) {
-  if (p.out.num_tokens <= kMaxBlockTokens && block_selects(p.select)) return launch_block<kScoring>(p, stream);
+cudaError_t choose_quads(const TopKParams& p, cudaStream_t stream) {
   switch ((p.select.num_experts + 127) / 128) {
     case 1: return launch<kScoring, 1>(p, stream);
     case 2: return launch<kScoring, 2>(p, stream);
@@ -70,10 +50,10 @@ cudaError_t choose_kernel(const TopKParams& p, cudaStream_t stream) {
 cudaError_t topk(const TopKParams& params, cudaStream_t stream) {
   if (params.out.num_tokens == 0 || params.select.topk == 0) return cudaSuccess;
   switch (params.select.scoring) {
-    case Scoring::kSoftmax: return choose_kernel<Scoring::kSoftmax>(params, stream);
-    case Scoring::kSigmoid: return choose_kernel<Scoring::kSigmoid>(params, stream);
-    case Scoring::kTanhSigmoid: return choose_kernel<Scoring::kTanhSigmoid>(params, stream);
-    case Scoring::kNone: return choose_kernel<Scoring::kNone>(params, stream);
+    case Scoring::kSoftmax: return choose_quads<Scoring::kSoftmax>(params, stream);
+    case Scoring::kSigmoid: return choose_quads<Scoring::kSigmoid>(params, stream);
+    case Scoring::kTanhSigmoid: return choose_quads<Scoring::kTanhSigmoid>(params, stream);
+    case Scoring::kNone: return choose_quads<Scoring::kNone>(params, stream);
   }
   return cudaErrorInvalidValue;
 }

@@ -48,7 +48,7 @@ inline int block_select_warps(const SelectParams& p) {
 }
 
 inline bool block_selects(const SelectParams& p) {
-  return p.topk <= kListSize && block_select_warps(p) <= kMaxLists;
+  return p.scoring != Scoring::kSoftmax && p.topk <= kListSize && block_select_warps(p) <= kMaxLists;
 }
 
 // Where the result of a row goes, all [num_tokens, topk].
