@@ -132,7 +132,7 @@ def fp8_block_gemm(
 
 # Of the fused router, which one cluster runs. On an H200 its time grows with the weight, which 16 SMs read: with 0.5 MB
 # it takes 3.3 us for 4 tokens where gate and selection take 4.0, with 1 MB 4.5 against 4.1. Up to 2 tokens the gate on
-# its own is so fast that the two kernels win, 2.9 against 3.2 (benchmarks/results/h200/router_sweep.txt).
+# its own is so fast that the two kernels win, 2.9 against 3.2 (benchmarks/results/h200/router_sweep.jsonl).
 FUSED_ROUTER_BYTES = 1 << 19
 FUSED_ROUTER_FROM = 3
 # Two kernels that share the gate's sum: 256x7168 in groups 4.7 us for 4 tokens, where gate and selection take 5.1 and
