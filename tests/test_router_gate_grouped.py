@@ -38,8 +38,8 @@ def routers(make, monkeypatch):  # noqa: F811
     monkeypatch.setattr(bias_module, "_aiter_can_use_biased_grouped_topk", lambda *args: False)
     monkeypatch.setattr(bias_module, "fused_topk_bias", counted(bias_module.fused_topk_bias))
 
-    def gate(num_experts, out_dtype=torch.float32):
-        return make[0](num_experts=num_experts, out_dtype=out_dtype)
+    def gate(num_experts, hidden_size=256):
+        return make[0](num_experts=num_experts, hidden_size=hidden_size, out_dtype=torch.float32)
 
     def grouped(num_experts, groups, kept, topk, scale, **kwargs):
         arguments = {"scoring_func": "sigmoid", "e_score_correction_bias": biases(num_experts), **kwargs}
@@ -65,19 +65,34 @@ def by_expert(selected, num_experts):
 
 
 @pytest.mark.parametrize("case", [DEEPSEEK, KIMI, SMALL], ids=["deepseek", "kimi", "small"])
-@pytest.mark.parametrize("num_tokens", [1, 16, 32])
 @pytest.mark.parametrize("kind", ["grouped", "biased"])
-def test_the_experts_that_come_along_are_vllms(routers, case, num_tokens, kind):
+def test_the_experts_that_come_along_are_vllms(routers, case, kind):
     num_experts, _, _, topk, _ = case
     gate = routers.gate(num_experts)
     selector = routers.grouped(*case) if kind == "grouped" else routers.biased(num_experts, topk)
-    for _ in range(10):
+    for num_tokens in (1, 16, 32, 32):
         x = hidden(num_tokens)
         mine = selector.select_experts(x, gate(x)[0])
         theirs = selector.select_experts(x, gate(x)[0].clone())  # logits that come without experts
         assert mine[1].dtype == torch.int32 and mine[0].dtype == torch.float32
         torch.testing.assert_close(by_expert(mine, num_experts), by_expert(theirs, num_experts), rtol=1e-5, atol=1e-7)
-    assert len(routers.calls) == 11
+    assert routers.calls == [1, 1, 16, 32, 32]
+
+
+def test_the_two_kernels_of_large_gates_share_the_sum(routers, monkeypatch):
+    seen, split_router = [], router_ops.split_router
+    monkeypatch.setattr(router_ops, "split_router", lambda x, *a, **k: seen.append(len(x)) or split_router(x, *a, **k))
+    gate, selector = routers.gate(256, 2080), routers.grouped(*DEEPSEEK)
+    for num_tokens in (1, 2, 3, 32, 33):
+        x = hidden(num_tokens, 2080)
+        for _ in range(2):
+            mine = selector.select_experts(x, gate(x)[0])
+        theirs = selector.select_experts(x, gate(x)[0].clone())
+        torch.testing.assert_close(by_expert(mine, 256), by_expert(theirs, 256), rtol=1e-5, atol=1e-7)
+    assert seen == [3, 3, 3, 32, 32, 32]
+    gate.allow_ll_bf16_gemm = True
+    plans = [gate._plan(n, torch.float32, gate._consumer.selection).kernel for n in (3, 16, 17)]
+    assert plans == ["vllm", "vllm", "split_router"]
 
 
 @pytest.mark.parametrize("case", [DEEPSEEK, KIMI, SMALL], ids=["deepseek", "kimi", "small"])
@@ -127,7 +142,7 @@ def test_ids_as_the_experts_want_them(routers):
 
 
 def test_routers_that_do_more_select_themselves(routers, monkeypatch):
-    monkeypatch.setattr(router_ops, "split_router", None)
+    monkeypatch.setattr(router_gate, "select_experts", None)
     x = hidden(4)
     more = {"num_fused_shared_experts": 1}, {"scoring_func": "softmax"}
     selectors = [
