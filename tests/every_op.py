@@ -18,7 +18,7 @@ from vllm_b200_plugin.ops.moe_align import batched_moe_align_block_size, moe_ali
 from vllm_b200_plugin.ops.moe_sum import moe_sum
 from vllm_b200_plugin.ops.norm_quant import rms_norm_group_quant, rms_norm_tensor_quant, rms_norm_token_quant
 from vllm_b200_plugin.ops.quant import ScaleLayout, empty_scale, per_token_group_quant
-from vllm_b200_plugin.ops.router import router, router_gate
+from vllm_b200_plugin.ops.router import router, router_gate, split_router
 from vllm_b200_plugin.ops.small_m_gemm import Config
 from vllm_b200_plugin.ops.token_quant import per_tensor_quant, per_token_quant
 from vllm_b200_plugin.ops.topk import Scoring, Selection, select_experts
@@ -172,6 +172,13 @@ def _router(m: Model, h: torch.Tensor, pdl: bool, seen: list[torch.Tensor]) -> t
     return _experts(m, h, weights, ids, pdl)
 
 
+def _split_router(m: Model, h: torch.Tensor, pdl: bool, seen: list[torch.Tensor]) -> torch.Tensor:
+    grouped = Selection(TOPK, Scoring.TANH_SIGMOID, True, 2.5, 4, 2)
+    logits, weights, ids = split_router(h, m.gate, grouped, pdl=pdl)
+    seen += [logits, *split_router(h[:2], m.gate, grouped, pdl=pdl)]
+    return _experts(m, h, weights, ids, pdl)
+
+
 def _gate_and_topk(m: Model, h: torch.Tensor, pdl: bool, seen: list[torch.Tensor]) -> torch.Tensor:
     logits = router_gate(h, m.gate, pdl=pdl)
     seen += select_experts(logits, Selection(TOPK, Scoring.TANH_SIGMOID, True, 2.5, 4, 2), pdl=pdl)
@@ -211,6 +218,7 @@ STEPS: dict[str, Step] = {
     "reshape_and_cache_flash": _cache,
     "concat_and_cache_mla": _mla_cache,
     "router": _router,
+    "split_router": _split_router,
     "select_experts": _gate_and_topk,
     "moe_align": _align,
     "moe_sum": _sum,

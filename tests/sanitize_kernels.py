@@ -38,8 +38,8 @@ from vllm_b200_plugin.ops.moe import few_tokens_moe
 from vllm_b200_plugin.ops.moe_align import batched_moe_align_block_size, moe_align_block_size
 from vllm_b200_plugin.ops.moe_sum import moe_sum
 from vllm_b200_plugin.ops.quant import ScaleLayout, empty_scale
-from vllm_b200_plugin.ops.router import router, router_gate
-from vllm_b200_plugin.ops.topk import Selection, select_experts
+from vllm_b200_plugin.ops.router import router, router_gate, split_router
+from vllm_b200_plugin.ops.topk import Scoring, Selection, select_experts
 
 SMALL = 1 << 19  # elements of an input
 Call = Callable[[], object]
@@ -107,6 +107,12 @@ def routers() -> Iterator[Call]:
             x, weight = gate_operands("cpu", tokens, experts, hidden)
             yield lambda x=x, weight=weight: router_gate(x.cuda(), weight.cuda(), torch.bfloat16)
             yield lambda x=x, weight=weight: router(x.cuda(), weight.cuda(), Selection(8), pdl=True)
+            yield lambda x=x, weight=weight: split_router(
+                x.cuda(), weight.cuda(), Selection(8, Scoring.SIGMOID), pdl=True
+            )
+            if experts == 256:
+                grouped = Selection(8, Scoring.TANH_SIGMOID, True, 2.5, 8, 4)
+                yield lambda x=x, weight=weight, rule=grouped: split_router(x.cuda(), weight.cuda(), rule, pdl=True)
 
 
 def moe_align() -> Iterator[Call]:

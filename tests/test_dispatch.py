@@ -87,6 +87,20 @@ def test_fused_router(num_tokens, shape, kernel, words):
     assert words in choice.reason
 
 
+@pytest.mark.parametrize(
+    "num_tokens, shape, kernel",
+    [
+        (2, (256, 7168), dispatch.GATE),
+        (3, (256, 7168), dispatch.SPLIT_ROUTER),
+        (32, (384, 7168), dispatch.SPLIT_ROUTER),
+        (16, (128, 4096), dispatch.GATE),
+        (16, (128, 2048), dispatch.GATE),
+    ],
+)
+def test_router_in_groups(num_tokens, shape, kernel):
+    assert dispatch.fused_router(num_tokens, *shape, one_cluster=False, split=True).kernel == kernel
+
+
 def test_gate():
     assert dispatch.gate(16, 256, 7168).kernel == dispatch.GATE
     assert dispatch.gate(32, 128, 4096).kernel == dispatch.GATE

@@ -16,14 +16,14 @@ def vllm_gate():
     from vllm.model_executor.layers.fused_moe.router.fused_topk_router import FusedTopKRouter
     from vllm.model_executor.layers.fused_moe.router.gate_linear import GateLinear
 
-    original = FusedTopKRouter._compute_routing
     from vllm_b200_plugin.integration import router_gate
 
-    router_gate.replace()
-    router_gate.replace()
+    router_gate.put_in_place()
+    router_gate.put_in_place()
     yield GateLinear, FusedTopKRouter
     del custom_op.op_registry_oot["GateLinear"]
-    FusedTopKRouter._compute_routing = original
+    for router_class in router_gate._RULES:
+        router_class._compute_routing = router_class._compute_routing.b200_original
 
 
 @pytest.fixture
@@ -90,8 +90,9 @@ def test_other_forms_of_the_gate(make, kwargs):
 def test_where_vllms_low_latency_kernel_is_faster_it_runs(make, monkeypatch):
     gate = make[0](out_dtype=torch.float32)
     gate.allow_ll_bf16_gemm = True
-    assert [gate._is_faster(n, torch.float32) for n in (1, 2, 3, 16, 17)] == [True, True, False, False, True]
-    assert gate._is_faster(3, torch.bfloat16)
+    faster = [gate._plan(n, torch.float32, None).kernel == "gate" for n in (1, 2, 3, 16, 17)]
+    assert faster == [True, True, False, False, True]
+    assert gate._plan(3, torch.bfloat16, None).kernel == "gate"
 
 
 def test_a_gate_that_ours_does_not_take_stays_vllms(make):

@@ -175,31 +175,60 @@ def test_cuda_graph_and_pdl() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    "num_experts, selection", [(128, Selection(8)), (128, Selection(8, Scoring.SIGMOID)), (256, GROUPED)]
+    "num_experts, selection",
+    [
+        (128, Selection(8)),
+        (128, Selection(8, Scoring.SIGMOID)),
+        (256, GROUPED),
+        (384, Selection(8, Scoring.TANH_SIGMOID, True, 2.827)),
+    ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_equal_to_vllm_on_a_million_rows(num_experts: int, selection: Selection, dtype: torch.dtype) -> None:
+    logits = (torch.randn(1_000_000, num_experts, device="cuda") * 2).to(dtype)
+    bias = torch.randn(num_experts, device="cuda") / 8 if selection.scoring is Scoring.TANH_SIGMOID else None
+    expected, (weights, ids) = by_vllm(logits, selection, bias), select_experts(logits, selection, bias)
+    assert torch.equal(ids, expected[1])
+    torch.testing.assert_close(weights, expected[0], rtol=1e-6, atol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_experts, selection", [(256, GROUPED), (384, Selection(8, Scoring.TANH_SIGMOID))])
+def test_ties_and_nan_are_vllms(num_experts: int, selection: Selection) -> None:
+    """Rows with few different logits, with one NaN, and with many."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    rows = [
+        torch.randint(0, levels, (500, num_experts), generator=generator, device="cuda").float()
+        for levels in (1, 2, 3, 8, 64)
+    ]
+    few, many = torch.randn(2, 500, num_experts, generator=generator, device="cuda")
+    few[torch.arange(500), torch.randint(0, num_experts, (500,), device="cuda")] = NAN
+    many[torch.rand(500, num_experts, generator=generator, device="cuda") < 0.5] = NAN
+    levels = torch.randint(0, 4, (num_experts,), generator=generator, device="cuda")
+    for bias in (torch.zeros(num_experts, device="cuda"), levels.float() / 8):
+        for logits in (*rows, few, many):
+            expected, (weights, ids) = by_vllm(logits, selection, bias), select_experts(logits, selection, bias)
+            assert torch.equal(ids, expected[1])
+            torch.testing.assert_close(weights, expected[0], rtol=1e-6, atol=0, equal_nan=True)
+
+
+def by_vllm(logits: torch.Tensor, selection: Selection, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights and ids from vLLM's CUDA ops; skips the test where these are not there."""
     pytest.importorskip("vllm._custom_ops")
     from vllm_b200_plugin.integration import op_override
 
     if ("topk_softmax", "CUDA") in op_override._overridden or not hasattr(torch.ops._moe_C, "topk_softmax"):
         pytest.skip("vLLM's own ops are not there, or replaced by ours")
-    logits = (torch.randn(1_000_000, num_experts, device="cuda") * 2).to(dtype)
-    weights, ids = (
-        torch.empty(len(logits), 8, device="cuda"),
-        torch.empty(len(logits), 8, dtype=torch.int32, device="cuda"),
-    )
-    rows, bias = torch.empty_like(ids), None
-    if selection.num_groups > 1:
-        bias = torch.randn(num_experts, device="cuda") / 8
-        weights, ids = torch.ops._moe_C.grouped_topk(logits, 8, 4, 8, True, 2.5, bias, 1)
-    elif selection.scoring is Scoring.SOFTMAX:
-        torch.ops._moe_C.topk_softmax(weights, ids, rows, logits, True, None, None)
+    if selection.scoring is Scoring.TANH_SIGMOID:
+        groups, scale = (selection.num_groups, selection.topk_group), selection.scale
+        return torch.ops._moe_C.grouped_topk(logits, *groups, selection.topk, True, scale, bias, 1)
+    shape = len(logits), selection.topk
+    weights, ids = torch.empty(shape, device="cuda"), torch.empty(shape, dtype=torch.int32, device="cuda")
+    if selection.scoring is Scoring.SOFTMAX:
+        torch.ops._moe_C.topk_softmax(weights, ids, torch.empty_like(ids), logits, True, None, None)
     else:
-        torch.ops._moe_C.topk_sigmoid(weights, ids, rows, logits, True, None, 1.0, None)
-    ours = select_experts(logits, selection, bias)
-    assert torch.equal(ours[1], ids)
-    torch.testing.assert_close(ours[0], weights, rtol=1e-6, atol=0)
+        torch.ops._moe_C.topk_sigmoid(weights, ids, torch.empty_like(ids), logits, True, None, 1.0, None)
+    return weights, ids
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,8 @@ SMALL_M = "small_m_gemm"  # ours, ops/small_m_gemm.py
 REFERENCE = "reference"  # in PyTorch, on CPU
 GATE = "gate"  # our gate of MoE layers, for few tokens
 ROUTER = "router"  # the gate with the selection of experts, in one kernel
+SPLIT_ROUTER = "split_router"  # the same in two kernels that share the gate's sum
+TOPK = "topk"  # the selection of experts on its own
 FEW_TOKENS = "few_tokens"  # ours for MoE layers
 VLLM = "vllm"  # none of ours: vLLM goes on through its own list
 
@@ -129,10 +131,13 @@ def fp8_block_gemm(
 
 
 # Of the fused router, which one cluster runs. On an H200 its time grows with the weight, which 16 SMs read: with 0.5 MB
-# it takes 3.5 us for 4 tokens where gate and selection take 4.2, with 1 MB 5.3 against 4.7. Up to 2 tokens the gate on
-# its own is so fast that the two kernels win, 3.0 against 3.5.
+# it takes 3.3 us for 4 tokens where gate and selection take 4.0, with 1 MB 4.5 against 4.1. Up to 2 tokens the gate on
+# its own is so fast that the two kernels win, 2.9 against 3.2 (benchmarks/results/h200/router_sweep.jsonl).
 FUSED_ROUTER_BYTES = 1 << 19
 FUSED_ROUTER_FROM = 3
+# Two kernels that share the gate's sum: 256x7168 in groups 4.7 us for 4 tokens, where gate and selection take 5.1 and
+# vLLM's two 9.8; 6.4 against 8.0 for 32. 384x7168: 5.7 against 8.0 for 4. Up to 2 tokens as above. With 1 MB no gain.
+SPLIT_ROUTER_FROM_BYTES = (1 << 20) + 1
 
 
 # vLLM's low-latency kernel for fp32 logits, up to 16 tokens: on an H200 slower than ours for one token with 2048
@@ -160,16 +165,27 @@ def gate(num_tokens: int, num_experts: int, hidden_size: int, low_latency: bool 
     return Choice(GATE, shape)
 
 
-def fused_router(num_tokens: int, num_experts: int, hidden_size: int) -> Choice:
-    """Whether the gate, bf16 [num_experts, hidden_size], and the selection of experts go in one kernel."""
-    if not 32 <= num_experts <= 256:
-        return Choice(GATE, f"two kernels: one cluster takes 32 to 256 experts, got {num_experts}")
-    if 2 * num_experts * hidden_size > FUSED_ROUTER_BYTES:
-        return Choice(
-            GATE, f"two kernels: {2 * num_experts * hidden_size} bytes of weight are too much for one cluster"
-        )
+def fused_router(
+    num_tokens: int, num_experts: int, hidden_size: int, one_cluster: bool = True, split: bool = False
+) -> Choice:
+    """The kernels of a gate, bf16 [num_experts, hidden_size], and the selection of experts; GATE: one for each.
+
+    Args:
+        num_tokens: rows of the activation.
+        num_experts, hidden_size: of the weight.
+        one_cluster, split: whether the router of one cluster, and the split one, take the selection.
+    """
+    weight_bytes = 2 * num_experts * hidden_size
     if num_tokens < FUSED_ROUTER_FROM:
         return Choice(GATE, f"two kernels: {num_tokens} tokens, below {FUSED_ROUTER_FROM}")
+    if split and weight_bytes >= SPLIT_ROUTER_FROM_BYTES:
+        return Choice(SPLIT_ROUTER, f"two kernels that share the gate's sum, from {FUSED_ROUTER_FROM} tokens on")
+    if not one_cluster:
+        return Choice(GATE, "two kernels: one cluster does not take the selection")
+    if not 32 <= num_experts <= 256:
+        return Choice(GATE, f"two kernels: one cluster takes 32 to 256 experts, got {num_experts}")
+    if weight_bytes > FUSED_ROUTER_BYTES:
+        return Choice(GATE, f"two kernels: {weight_bytes} bytes of weight are too much for one cluster")
     return Choice(ROUTER, f"one kernel from {FUSED_ROUTER_FROM} tokens on, else two")
 
 

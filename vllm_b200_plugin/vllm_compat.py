@@ -47,7 +47,9 @@ ENVIRONMENT_VARIABLES = Private(
     "to make our version and features part of that key, and to make our variables known ones",
     "a hook for plugins in vLLM's compile-cache key",
 )
-ENVS = Private("vllm", "envs", "lazy environment variables", "VLLM_BATCH_INVARIANT, VLLM_DISABLED_KERNELS", "-")
+ENVS = Private(
+    "vllm", "envs", "lazy environment variables", "VLLM_BATCH_INVARIANT, VLLM_DISABLED_KERNELS, grouped top-k", "-"
+)
 CURRENT_PLATFORM = Private(
     "vllm.platforms", "current_platform", "the device vLLM runs on", "CPU or CUDA, and which", "-"
 )
@@ -325,6 +327,20 @@ FUSED_TOPK_ROUTER = Private(
     f"{_ROUTER}.fused_topk_router",
     "FusedTopKRouter",
     "router by softmax or sigmoid; _compute_routing makes weights and ids of logits",
+    "to take those that our gate made along with the logits",
+    _FUSED_ROUTER,
+)
+FUSED_TOPK_BIAS_ROUTER = Private(
+    f"{_ROUTER}.fused_topk_bias_router",
+    "FusedTopKBiasRouter",
+    "the same with e_score_correction_bias",
+    "to take those that our gate made along with the logits",
+    _FUSED_ROUTER,
+)
+GROUPED_TOPK_ROUTER = Private(
+    f"{_ROUTER}.grouped_topk_router",
+    "GroupedTopKRouter",
+    "the same from the best groups of experts, DeepSeek's router",
     "to take those that our gate made along with the logits",
     _FUSED_ROUTER,
 )

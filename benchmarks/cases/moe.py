@@ -27,11 +27,14 @@ class MoeAlignCase:
 
 @dataclass(frozen=True)
 class TopKCase:
-    """Choosing TOP_K experts: softmax of all, or sigmoid with a bias from the best of the groups of experts."""
+    """Choosing TOP_K experts: softmax of all, or sigmoid with a bias from the best of the groups of experts.
+
+    num_groups: 0 for a softmax, 1 for a sigmoid of all.
+    """
 
     num_tokens: int
     num_experts: int
-    num_groups: int = 1
+    num_groups: int = 0
     num_groups_kept: int = 1
 
     def __str__(self) -> str:
@@ -39,7 +42,7 @@ class TopKCase:
 
     @property
     def grouped(self) -> bool:
-        return self.num_groups > 1
+        return self.num_groups > 0
 
     @property
     def layout_name(self) -> str:
@@ -53,12 +56,12 @@ class TopKCase:
 
 @dataclass(frozen=True)
 class RouterCase:
-    """Choosing TOP_K experts from the hidden states of few tokens."""
+    """Choosing TOP_K experts from the hidden states of few tokens; num_groups as in TopKCase."""
 
     num_tokens: int
     num_experts: int
     hidden_size: int
-    num_groups: int = 1
+    num_groups: int = 0
     num_groups_kept: int = 1
 
     def __str__(self) -> str:
@@ -66,7 +69,7 @@ class RouterCase:
 
     @property
     def layout_name(self) -> str:
-        return f"groups{self.num_groups}of{self.num_groups_kept}" if self.num_groups > 1 else "softmax"
+        return TopKCase(self.num_tokens, self.num_experts, self.num_groups, self.num_groups_kept).layout_name
 
     @property
     def num_bytes(self) -> int:
@@ -134,6 +137,7 @@ def top_k_benchmarks() -> Iterator[TopKCase]:
     for num_tokens in TOP_K_NUM_TOKENS:
         yield TopKCase(num_tokens, 128)  # Qwen3-30B-A3B
         yield TopKCase(num_tokens, 256, 8, 4)  # DeepSeek-V3
+        yield TopKCase(num_tokens, 384, 1)  # Kimi-K2
 
 
 def router_benchmarks() -> Iterator[RouterCase]:
@@ -141,6 +145,7 @@ def router_benchmarks() -> Iterator[RouterCase]:
         yield RouterCase(num_tokens, 128, 2048)  # Qwen3-30B-A3B
         yield RouterCase(num_tokens, 128, 4096)  # Qwen3-235B-A22B
         yield RouterCase(num_tokens, 256, 7168, 8, 4)  # DeepSeek-V3
+        yield RouterCase(num_tokens, 384, 7168, 1)  # Kimi-K2
 
 
 def sum_benchmarks() -> Iterator[MoeSumCase]:

@@ -1,4 +1,4 @@
-"""A layer's router for few tokens, from hidden states to experts: ours in one kernel, ours in two, vLLM's."""
+"""A layer's router for few tokens, from hidden states to experts: ours in one kernel or in two, vLLM's."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +10,7 @@ from benchmarks.cases.moe import TOP_K, RouterCase, TopKCase, router_benchmarks
 from benchmarks.families import Missing, Run
 from benchmarks.families import topk as topk_family
 from benchmarks.families._common import Returned, error_of, generator, normal, peer, verdict
-from vllm_b200_plugin.ops.router import fused_refusal
+from vllm_b200_plugin.ops.router import SPLIT_SLICES, fused_refusal, split_refusal
 from vllm_b200_plugin.ops.topk import select_reference
 
 OP = "router"
@@ -38,7 +38,7 @@ def _inputs(case: RouterCase, seed: int) -> tuple[torch.Tensor, torch.Tensor, to
     rng = generator(seed)
     x = normal((case.num_tokens, case.hidden_size), rng)
     weight = (normal((case.num_experts, case.hidden_size), rng, torch.float32) * case.hidden_size**-0.5).bfloat16()
-    bias = torch.randn(case.num_experts, generator=rng, device=families.device) / 8 if case.num_groups > 1 else None
+    bias = torch.randn(case.num_experts, generator=rng, device=families.device) / 8 if case.num_groups else None
     return x, weight, bias
 
 
@@ -54,6 +54,17 @@ def ours(case: RouterCase, seed: int) -> Run:
     (x, weight, bias), outputs = _inputs(case, seed), _outputs(case)
     op, rule = torch.ops.vllm_b200.router, topk_family.selection(_top_k_case(case)).schema_values()
     return Run(lambda: op(x, weight, *outputs, None, *rule, bias, None, True), outputs)
+
+
+def ours_split(case: RouterCase, seed: int) -> Run:
+    """Two kernels that share the gate's sum."""
+    selection = topk_family.selection(_top_k_case(case))
+    if problem := split_refusal(case.num_experts, selection):
+        raise Missing(problem)
+    (x, weight, bias), outputs = _inputs(case, seed), _outputs(case)
+    sums = torch.empty(SPLIT_SLICES, *outputs[0].shape, device=families.device)
+    op, rule = torch.ops.vllm_b200.split_router, selection.schema_values()
+    return Run(lambda: op(x, weight, *outputs, sums, *rule, bias, None, True), outputs)
 
 
 def ours_two(case: RouterCase, seed: int) -> Run:
@@ -93,7 +104,31 @@ def vllm(case: RouterCase, seed: int) -> Run:
     return Returned(call_grouped)
 
 
-IMPLEMENTATIONS: dict[str, Callable[[RouterCase, int], Run]] = {"ours": ours, "ours_two": ours_two, "vllm": vllm}
+def vllm_low_latency(case: RouterCase, seed: int) -> Run:
+    """vLLM's gate for fp32 logits and up to 16 tokens, and its grouped selection."""
+    if not case.num_groups:
+        raise Missing("for the grouped selection")
+    gate, grouped = (
+        peer("vllm.model_executor.kernels.linear.cute_dsl.ll_bf16", "ll_bf16_gemm"),
+        peer("vllm._custom_ops", "grouped_topk"),
+    )
+    x, weight, bias = _inputs(case, seed)
+    groups = case.num_groups, case.num_groups_kept
+
+    def call() -> tuple[torch.Tensor, ...]:
+        logits = gate(x, weight)
+        return logits, *grouped(logits, *groups, TOP_K, True, topk_family.ROUTED_SCALE, bias, 1)
+
+    return Returned(call)
+
+
+IMPLEMENTATIONS: dict[str, Callable[[RouterCase, int], Run]] = {
+    "ours": ours,
+    "ours_split": ours_split,
+    "ours_two": ours_two,
+    "vllm": vllm,
+    "vllm_low_latency": vllm_low_latency,
+}
 
 
 def check(case: RouterCase, seed: int, outputs: tuple[torch.Tensor, ...]) -> tuple[bool, dict[str, Any]]:

@@ -104,6 +104,8 @@ def _scores(
     if not case.grouped:
         return logits.softmax(1), logits, None
     scores = logits.sigmoid()
+    if case.num_groups == 1:
+        return scores, scores + bias, None
     choice = (scores + bias).unflatten(1, (case.num_groups, -1))
     group_scores = choice.topk(2).values.sum(2)
     kept = torch.zeros_like(group_scores).scatter_(1, group_scores.topk(case.num_groups_kept).indices, 1.0)

@@ -157,6 +157,23 @@ void router_op(const Tensor& x, const Tensor& weight, Tensor logits, Tensor weig
   check_launch(router(params, select, out, current_stream(device)), "router");
 }
 
+void split_router_op(const Tensor& x, const Tensor& weight, Tensor logits, Tensor weights, Tensor ids, Tensor sums,
+                     int64_t topk, int64_t scoring, bool renormalize, double scale, int64_t num_groups,
+                     int64_t topk_group, OptionalTensor bias, OptionalTensor is_padding, bool pdl) {
+  const int32_t device = x.get_device_index();
+  const GateParams params = gate_params(x, weight, logits, pdl);
+  const SelectParams select = select_params(params.num_experts, device, topk, scoring, renormalize, scale,
+                                            num_groups, topk_group, bias);
+  STD_TORCH_CHECK(block_selects(select), "scoring, topk, num_groups: take 1 to 3, up to ", kListSize, " and up to ",
+                  kMaxLists, ", got ", scoring, ", ", topk, " and ", num_groups);
+  const SelectOutputs out = select_outputs(params.num_tokens, topk, device, weights, ids, std::nullopt, is_padding);
+  check_flat(sums, kMaxGateSlices * logits.numel(), device, "sums");
+  STD_TORCH_CHECK(sums.scalar_type() == ScalarType::Float, "sums: takes float32");
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  check_launch(split_router(params, select, out, static_cast<float*>(sums.data_ptr()), current_stream(device)),
+               "split_router");
+}
+
 }  // namespace
 
 void topk_op(const Tensor& logits, Tensor weights, Tensor ids, OptionalTensor source_rows, int64_t topk_count,
@@ -295,6 +312,7 @@ STABLE_TORCH_LIBRARY_IMPL(vllm_b200, CUDA, m) {
   m.impl("topk", TORCH_BOX(&vllm_b200::topk_op));
   m.impl("router_gate", TORCH_BOX(&vllm_b200::router_gate_op));
   m.impl("router", TORCH_BOX(&vllm_b200::router_op));
+  m.impl("split_router", TORCH_BOX(&vllm_b200::split_router_op));
   m.impl("moe_align_block_size", TORCH_BOX(&vllm_b200::moe_align_op));
   m.impl("batched_moe_align_block_size", TORCH_BOX(&vllm_b200::batched_moe_align_op));
   m.impl("moe_sum", TORCH_BOX(&vllm_b200::moe_sum_op));

@@ -8,7 +8,7 @@ ranks, or to a kernel that routes by itself) come without, and vLLM selects as b
 """
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from vllm_b200_plugin.features import NotForThisPlatform
 from vllm_b200_plugin.integration import library, report
 from vllm_b200_plugin.ops import router as router_ops
 from vllm_b200_plugin.ops._library import torch_library
-from vllm_b200_plugin.ops.topk import Scoring, Selection, select_experts
+from vllm_b200_plugin.ops.topk import LOGITS_DTYPES, Scoring, Selection, select_experts
 
 _LAYER_KIND = "MoE router gate"
 _CARRIED, _GATE = "_b200_selected", "_b200_gate"
@@ -26,6 +26,8 @@ _CARRIED, _GATE = "_b200_selected", "_b200_gate"
 _Base: Any = vllm_compat.GATE_LINEAR.get()
 _Unquantized: Any = vllm_compat.UNQUANTIZED_LINEAR.get()
 _Router: Any = vllm_compat.FUSED_TOPK_ROUTER.get()
+_BiasRouter: Any = vllm_compat.FUSED_TOPK_BIAS_ROUTER.get()
+_GroupedRouter: Any = vllm_compat.GROUPED_TOPK_ROUTER.get()
 _padding_mask: Any = vllm_compat.PADDING_MASK.get()
 
 
@@ -45,6 +47,16 @@ class Consumer:
     router: Any
     selection: Selection
     ids_dtype: torch.dtype
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """e_score_correction_bias, as it is now."""
+        bias = getattr(self.router, "e_score_correction_bias", None)
+        return None if bias is None else bias.data
+
+    def padding(self, num_tokens: int) -> torch.Tensor | None:
+        """The rows that get no experts, where the router leaves out any."""
+        return _padding_mask(num_tokens) if getattr(self.router, "skip_padding", True) else None
 
 
 class B200GateLinear(_Base):
@@ -70,8 +82,12 @@ class B200GateLinear(_Base):
         if torch.compiler.is_compiling():
             # What is traced must not depend on the number of tokens.
             return self._in_vllm_form(torch.ops.vllm_b200.gate_linear(x, self.weight, out_dtype))
-        if _takes(x, self.weight, out_dtype) and self._is_faster(x.shape[0], out_dtype):
-            logits = self._route(x, out_dtype)
+        kernel = dispatch.VLLM
+        if _takes(x, self.weight, out_dtype):
+            selection = None if self._consumer is None else self._consumer.selection
+            kernel = self._plan(x.shape[0], out_dtype, selection).kernel
+        if kernel != dispatch.VLLM:
+            logits = self._route(x, out_dtype, kernel)
             result = self._in_vllm_form(logits)
         else:
             result = super().forward(x)
@@ -80,43 +96,56 @@ class B200GateLinear(_Base):
             setattr(logits, _GATE, self)
         return result
 
-    def _is_faster(self, num_tokens: int, out_dtype: torch.dtype) -> bool:
-        """Whether ours is, the gate alone or with the selection in one kernel, than what vLLM would run."""
+    def _plan(self, num_tokens: int, out_dtype: torch.dtype, selection: Selection | None) -> dispatch.Choice:
+        """What runs for so many tokens, with the selection if there is one; dispatch.VLLM: vLLM's gate."""
         low_latency = (
             out_dtype == torch.float32
             and getattr(self, "allow_ll_bf16_gemm", False)
             and num_tokens <= self.LL_BF16_MAX_TOKENS
         )
+        if selection is not None:
+            together = _together(num_tokens, self.weight, selection)
+            # The split router was not compared with vLLM's low-latency kernel.
+            if together.kernel == dispatch.ROUTER or (together.kernel == dispatch.SPLIT_ROUTER and not low_latency):
+                return together
         num_experts, hidden_size = self.weight.shape
-        fused = self._consumer and dispatch.fused_router(num_tokens, num_experts, hidden_size).kernel == dispatch.ROUTER
-        return bool(fused) or dispatch.gate(num_tokens, num_experts, hidden_size, low_latency).kernel == dispatch.GATE
+        return dispatch.gate(num_tokens, num_experts, hidden_size, low_latency)
 
-    def wanted_by(self, consumer: Consumer) -> None:
-        """From now on the router's selection is made along with the logits, where ours can."""
-        self._asked = True
-        num_experts, hidden_size = self.weight.shape
-        problem = consumer.selection.refusal(num_experts)
-        self._consumer = consumer if problem is None else None
-        reason = problem or dispatch.fused_router(router_ops.MAX_TOKENS, num_experts, hidden_size).reason
-        report.chosen("MoE selection behind the gate", "ours" if problem is None else "the router's own", reason)
+    def wanted_by(self, consumer: Consumer | None) -> None:
+        """From now on a router's selection is made along with the logits; None: by the router itself."""
+        self._asked, self._consumer = True, consumer
+        if consumer is None:
+            report.chosen("MoE selection behind the gate", "the router's own", "it does what our kernels do not")
+        else:
+            reason = _together(router_ops.MAX_TOKENS, self.weight, consumer.selection).reason
+            report.chosen("MoE selection behind the gate", "ours", reason)
 
-    def _route(self, x: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
+    def _route(self, x: torch.Tensor, out_dtype: torch.dtype, kernel: str) -> torch.Tensor:
         consumer = self._consumer
         if consumer is None:
             return router_ops.router_gate(x, self.weight, out_dtype, pdl=True)
-        selection = consumer.selection
-        extra = {"ids_dtype": consumer.ids_dtype, "is_padding": _padding_mask(x.shape[0]), "pdl": True}
-        choice = dispatch.fused_router(x.shape[0], *self.weight.shape)
-        if choice.kernel == dispatch.ROUTER and router_ops.fused_refusal(self.weight.shape[0], selection) is None:
-            logits, weights, ids = router_ops.router(x, self.weight, selection, logits_dtype=out_dtype, **extra)
-        else:
+        selection, bias = consumer.selection, consumer.bias
+        extra = {"ids_dtype": consumer.ids_dtype, "is_padding": consumer.padding(x.shape[0]), "pdl": True}
+        if kernel == dispatch.GATE:
             logits = router_ops.router_gate(x, self.weight, out_dtype, pdl=True)
-            weights, ids = select_experts(logits, selection, **extra)
+            weights, ids = select_experts(logits, selection, bias, **extra)
+        else:
+            router = router_ops.router if kernel == dispatch.ROUTER else router_ops.split_router
+            logits, weights, ids = router(x, self.weight, selection, bias, logits_dtype=out_dtype, **extra)
         setattr(logits, _CARRIED, Selected(consumer.router, weights, ids))
         return logits
 
     def _in_vllm_form(self, logits: torch.Tensor) -> Any:
         return (logits, None) if self.return_bias else logits
+
+
+def _together(num_tokens: int, weight: torch.Tensor, selection: Selection) -> dispatch.Choice:
+    """The kernels of a gate [num_experts, hidden_size] and the selection; GATE: one for each."""
+    num_experts, hidden_size = weight.shape
+    one_cluster, split = (
+        refusal(num_experts, selection) is None for refusal in (router_ops.fused_refusal, router_ops.split_refusal)
+    )
+    return dispatch.fused_router(num_tokens, num_experts, hidden_size, one_cluster, split)
 
 
 def _takes(x: torch.Tensor, weight: torch.Tensor, out_dtype: torch.dtype) -> bool:
@@ -156,16 +185,50 @@ def _gate_linear(x: torch.Tensor, weight: torch.Tensor, out_dtype: torch.dtype) 
     return torch.mm(x, weight.t(), out_dtype=out_dtype)
 
 
-def _selection(router: Any) -> Selection | None:
-    """What a router does, in our terms; None for a subclass, which may do more."""
-    if type(router) is not _Router or router.scoring_func not in ("softmax", "sigmoid"):
+def _selection(router: Any, num_experts: int) -> Selection | None:
+    """What a router does by vLLM's CUDA kernels, in our terms; None where it does more, as a subclass may."""
+    rule = _RULES.get(type(router))
+    selection = None if rule is None else rule(router, num_experts)
+    return selection if selection is not None and selection.refusal(num_experts) is None else None
+
+
+def _plain(router: Any, num_experts: int) -> Selection | None:
+    scoring = {"softmax": Scoring.SOFTMAX, "sigmoid": Scoring.SIGMOID}.get(router.scoring_func)
+    return None if scoring is None else Selection(router.top_k, scoring, renormalize=router.renormalize)
+
+
+def _biased(router: Any, num_experts: int) -> Selection | None:
+    more = router._hash_indices_table is not None or router.bias_vl is not None or router.num_fused_shared_experts
+    bias, selection = router.e_score_correction_bias, _plain(router, num_experts)
+    if more or selection is None or bias is None or bias.dtype != torch.float32:
         return None
-    scoring = Scoring.SOFTMAX if router.scoring_func == "softmax" else Scoring.SIGMOID
-    return Selection(router.top_k, scoring, renormalize=router.renormalize)
+    if selection.scoring is Scoring.SOFTMAX and router.routed_scaling_factor != 1.0:
+        return None  # vLLM rounds the weights once more
+    return replace(selection, scale=router.routed_scaling_factor)
+
+
+def _grouped(router: Any, num_experts: int) -> Selection | None:
+    """Where vLLM's kernel for few experts runs: its other one rounds scores to the dtype of the logits."""
+    bias, groups, kept, topk = (
+        router.e_score_correction_bias,
+        router.num_expert_group,
+        router.topk_group,
+        router.top_k,
+    )
+    enabled = vllm_compat.ENVS.get().VLLM_USE_FUSED_MOE_GROUPED_TOPK and router.scoring_func == "sigmoid"
+    if not enabled or bias is None or bias.dtype not in LOGITS_DTYPES or num_experts % groups or topk > 8:
+        return None
+    size = num_experts // groups
+    if groups > 1 and (num_experts > 256 or size > 32 or kept > 4 or kept * size > 128):
+        return None
+    return Selection(topk, Scoring.TANH_SIGMOID, router.renormalize, router.routed_scaling_factor, groups, kept)
+
+
+_RULES = {_Router: _plain, _BiasRouter: _biased, _GroupedRouter: _grouped}
 
 
 def _carry(compute_routing: Any) -> Any:
-    """vLLM's FusedTopKRouter._compute_routing, but for logits that come with their experts."""
+    """A router's _compute_routing, but for logits that come with their experts."""
 
     @functools.wraps(compute_routing)
     def carried(
@@ -180,8 +243,9 @@ def _carry(compute_routing: Any) -> Any:
         if selected is not None and selected.router is self and selected.ids.dtype == ids_dtype:
             return selected.weights, selected.ids
         gate = getattr(router_logits, _GATE, None)
-        if gate is not None and (selection := _selection(self)) is not None:
-            gate.wanted_by(Consumer(self, selection, ids_dtype))
+        if gate is not None:
+            selection = _selection(self, router_logits.shape[1])
+            gate.wanted_by(None if selection is None else Consumer(self, selection, ids_dtype))
         return compute_routing(self, hidden_states, router_logits, indices_type, **kwargs)
 
     carried.b200_original = compute_routing  # type: ignore[attr-defined]
@@ -189,18 +253,35 @@ def _carry(compute_routing: Any) -> Any:
 
 
 def choice(layer: torch.nn.Module, num_tokens: int) -> dispatch.Choice | None:
-    """What a gate of ours runs for so many tokens; None where that is vLLM's."""
-    if not isinstance(layer, B200GateLinear) or not layer._candidate:
+    """What a gate of ours runs for so many tokens, or the router behind one; None where that is vLLM's."""
+    gate = layer if isinstance(layer, B200GateLinear) else getattr(layer, "gate", None)
+    if not isinstance(gate, B200GateLinear) or not gate._candidate:
         return None
-    out_dtype = layer.out_dtype or torch.bfloat16
-    if router_ops.refusal(num_tokens, layer.weight, out_dtype) is not None:
+    out_dtype = gate.out_dtype or torch.bfloat16
+    if router_ops.refusal(num_tokens, gate.weight, out_dtype) is not None:
         return None
-    fused = dispatch.fused_router(num_tokens, *layer.weight.shape)
-    if layer._may_carry and fused.kernel == dispatch.ROUTER:
+    if gate is layer:
+        return _gate_choice(gate, num_tokens, out_dtype)
+    selection = _selection(getattr(layer, "router", None), gate.weight.shape[0])
+    if selection is None or not gate._may_carry:
+        return None
+    plan = gate._plan(num_tokens, out_dtype, selection)
+    return None if plan.kernel == dispatch.VLLM else _behind_the_gate(plan)
+
+
+def _gate_choice(gate: B200GateLinear, num_tokens: int, out_dtype: torch.dtype) -> dispatch.Choice | None:
+    """Of the gate on its own, which does not know its router."""
+    fused = dispatch.fused_router(num_tokens, *gate.weight.shape)
+    if gate._may_carry and fused.kernel == dispatch.ROUTER:
         return dispatch.Choice(fused.kernel, "with the selection where vLLM's runner lets it, else the gate alone")
-    if not layer._is_faster(num_tokens, out_dtype):
-        return None
-    return dispatch.gate(num_tokens, *layer.weight.shape)
+    plan = gate._plan(num_tokens, out_dtype, None)
+    return None if plan.kernel == dispatch.VLLM else plan
+
+
+def _behind_the_gate(plan: dispatch.Choice) -> dispatch.Choice:
+    """The router's part of a plan."""
+    kernel = dispatch.TOPK if plan.kernel == dispatch.GATE else plan.kernel
+    return dispatch.Choice(kernel, f"ours with the gate: {plan.reason}")
 
 
 def apply() -> None:
@@ -209,13 +290,14 @@ def apply() -> None:
     if not platform.is_cuda():
         raise NotForThisPlatform(f"for CUDA, vLLM runs on {platform.device_name}")
     library.require()
-    replace()
+    put_in_place()
 
 
-def replace() -> None:
-    """Register our gate with vLLM's registry of layers, and let its router take what the gate hands it."""
+def put_in_place() -> None:
+    """Register our gate with vLLM's registry of layers, and let its routers take what the gate hands them."""
     registry = vllm_compat.PLUGGABLE_LAYERS.get()
     if registry.get("GateLinear") is not B200GateLinear:
         vllm_compat.PLUGGABLE_LAYER.get().register_oot(B200GateLinear, name="GateLinear")
-    if not hasattr(_Router._compute_routing, "b200_original"):
-        _Router._compute_routing = _carry(_Router._compute_routing)
+    for router in _RULES:
+        if not hasattr(router._compute_routing, "b200_original"):
+            router._compute_routing = _carry(router._compute_routing)

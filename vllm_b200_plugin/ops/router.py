@@ -1,5 +1,6 @@
-"""A layer's router for few tokens: the gate, and the gate with the selection of experts in one kernel."""
+"""A layer's router for few tokens: the gate, and the gate with the selection of experts, in one kernel or in two."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,7 +22,11 @@ MAX_TOKENS = 32
 FUSED_EXPERTS = range(32, 257)
 OUT_DTYPES = (torch.float32, torch.bfloat16)
 
-_GATE, _ROUTER = "router_gate", "router"
+# The second of two kernels has a warp for every group of experts, or for 32 of them, and lists of the best of each.
+SPLIT_WARPS, SPLIT_TOPK = 16, 8
+SPLIT_SLICES = 16  # of hidden_size, at most
+
+_GATE, _ROUTER, _SPLIT_ROUTER = "router_gate", "router", "split_router"
 
 
 def router_gate(
@@ -68,16 +73,59 @@ def router(
     Raises:
         ValueError: an argument is not as above; the message names it, what came and what is taken.
     """
-    _check(x, weight, logits_dtype)
-    num_experts = weight.shape[0]
-    if problem := fused_refusal(num_experts, selection):
-        raise ValueError(problem)
-    check_row_inputs(bias, is_padding, x.shape[0], num_experts, x.device)
-    logits = torch.empty(x.shape[0], num_experts, dtype=logits_dtype, device=x.device)
-    weights, ids = empty_outputs(x, selection.topk, ids_dtype)
+    logits, weights, ids = _outputs(
+        fused_refusal, x, weight, selection, bias, logits_dtype=logits_dtype, ids_dtype=ids_dtype, is_padding=is_padding
+    )
     rule = selection.schema_values()
     torch.ops.vllm_b200.router(x, weight, logits, weights, ids, None, *rule, bias, is_padding, pdl)
     return logits, weights, ids
+
+
+def split_router(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    selection: Selection,
+    bias: torch.Tensor | None = None,
+    *,
+    logits_dtype: torch.dtype = torch.float32,
+    ids_dtype: torch.dtype = torch.int32,
+    is_padding: torch.Tensor | None = None,
+    pdl: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As router(), in two kernels that share the gate's sum: the gate's blocks each have a slice of hidden_size, the
+    selection's blocks, one a token, add up the slices.
+
+    Args: as for router_gate() and select_experts(); no SOFTMAX, topk up to 8, up to 16 groups.
+    Returns and raises: as router().
+    """
+    logits, weights, ids = _outputs(
+        split_refusal, x, weight, selection, bias, logits_dtype=logits_dtype, ids_dtype=ids_dtype, is_padding=is_padding
+    )
+    sums = torch.empty(SPLIT_SLICES, *logits.shape, dtype=torch.float32, device=x.device)
+    rule = selection.schema_values()
+    torch.ops.vllm_b200.split_router(x, weight, logits, weights, ids, sums, *rule, bias, is_padding, pdl)
+    return logits, weights, ids
+
+
+def _outputs(
+    refusal_of: Callable[[int, Selection], str | None],
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    selection: Selection,
+    bias: torch.Tensor | None,
+    *,
+    logits_dtype: torch.dtype,
+    ids_dtype: torch.dtype,
+    is_padding: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Unwritten logits, weights and ids, once the arguments are found right."""
+    _check(x, weight, logits_dtype)
+    num_experts = weight.shape[0]
+    if problem := refusal_of(num_experts, selection):
+        raise ValueError(problem)
+    check_row_inputs(bias, is_padding, x.shape[0], num_experts, x.device)
+    logits = torch.empty(x.shape[0], num_experts, dtype=logits_dtype, device=x.device)
+    return logits, *empty_outputs(x, selection.topk, ids_dtype)
 
 
 def refusal(num_tokens: int, weight: torch.Tensor, out_dtype: torch.dtype) -> str | None:
@@ -107,6 +155,17 @@ def fused_refusal(num_experts: int, selection: Selection) -> str | None:
     return selection.refusal(num_experts)
 
 
+def split_refusal(num_experts: int, selection: Selection) -> str | None:
+    """Why split_router() does not take a selection from that many experts; None where it does."""
+    if selection.scoring is Scoring.SOFTMAX:
+        return "selection: takes SIGMOID, TANH_SIGMOID or NONE, got SOFTMAX"
+    if selection.topk > SPLIT_TOPK:
+        return f"topk: takes up to {SPLIT_TOPK}, got {selection.topk}"
+    if selection.num_groups > SPLIT_WARPS:
+        return f"num_groups: takes up to {SPLIT_WARPS}, got {selection.num_groups}"
+    return selection.refusal(num_experts)
+
+
 def _check(x: torch.Tensor, weight: torch.Tensor, out_dtype: torch.dtype) -> None:
     if x.dim() != 2 or x.dtype != torch.bfloat16:
         raise ValueError(f"x: takes bfloat16 [num_tokens, hidden_size], got {x.dtype} {tuple(x.shape)}")
@@ -125,10 +184,15 @@ torch_library.define(
     f"{_ROUTER}(Tensor x, Tensor weight, Tensor(a!) logits, Tensor(b!) weights, Tensor(c!) ids, "
     f"Tensor(d!)? source_rows, {SELECTION_SCHEMA}, bool pdl=False) -> ()"
 )
+torch_library.define(
+    f"{_SPLIT_ROUTER}(Tensor x, Tensor weight, Tensor(a!) logits, Tensor(b!) weights, Tensor(c!) ids, "
+    f"Tensor(d!) sums, {SELECTION_SCHEMA}, bool pdl=False) -> ()"
+)
 
 
 @torch.library.register_fake(f"vllm_b200::{_GATE}", lib=torch_library)
 @torch.library.register_fake(f"vllm_b200::{_ROUTER}", lib=torch_library)
+@torch.library.register_fake(f"vllm_b200::{_SPLIT_ROUTER}", lib=torch_library)
 def _fake(*args: object, **kwargs: object) -> None:
     return None
 
@@ -151,6 +215,19 @@ def _router_cpu(
     """rule: what select_reference takes after these, and maybe pdl."""
     _router_gate_cpu(x, weight, logits)
     select_reference(logits, weights, ids, source_rows, *rule[:8])
+
+
+@torch.library.impl(torch_library, _SPLIT_ROUTER, "CPU")
+def _split_router_cpu(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    logits: torch.Tensor,
+    weights: torch.Tensor,
+    ids: torch.Tensor,
+    sums: torch.Tensor,
+    *rule: Any,
+) -> None:
+    _router_cpu(x, weight, logits, weights, ids, None, *rule)
 
 
 _library.status()

@@ -14,7 +14,7 @@ What vLLM's kernels do beyond that, and ours with them:
 - SOFTMAX and SIGMOID (topk_softmax, topk_sigmoid): a score that is NaN or Inf counts as 0. So a row with a NaN gets
   experts 0 to topk - 1 at weight 0 from a softmax. A sum of 0 divides as 1.
 - TANH_SIGMOID and NONE (grouped_topk): a NaN is the largest choice there is. The sum gets 1e-20 added.
-- Rows that are padding get expert -1; their weights are what the logits say.
+- Rows that are padding get expert -1; their weights are what the logits say, with TANH_SIGMOID and NONE 0.
 
 The biases have to be finite: with -Inf, which of the experts without a chance is chosen is left open.
 """
@@ -201,6 +201,7 @@ def select_reference(
     weight = weight * scale
     if is_padding is not None:
         chosen = chosen.masked_fill(is_padding.unsqueeze(1), -1)
+        weight = weight if plain else weight.masked_fill(is_padding.unsqueeze(1), 0.0)
     weights.copy_(weight)
     if ids.dtype == torch.uint32:
         ids.view(torch.int32).copy_(chosen)

@@ -15,9 +15,9 @@ namespace vllm_b200 {
 
 constexpr int kStepK = 32;  // of a warp: four lanes with 8 elements each
 
-// volatile keeps the load before the wait that follows it.
+// A load that stays before the wait that follows it: ptxas moves a read-only one behind it, a relaxed one not.
 __device__ __forceinline__ void load_ahead(uint4& vector, const void* source) {
-  asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
+  asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(vector.x), "=r"(vector.y), "=r"(vector.z), "=r"(vector.w)
                : "l"(source));
 }

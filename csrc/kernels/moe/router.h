@@ -30,4 +30,10 @@ cudaError_t gate(const GateParams& params, cudaStream_t stream);
 constexpr int kMinFusedExperts = 32, kMaxFusedExperts = 256;
 cudaError_t router(const GateParams& gate, const SelectParams& select, const SelectOutputs& out, cudaStream_t stream);
 
+// The gate and the selection in two launches, where block_selects(select). The gate sums up slices of
+// hidden_size, the selection adds them up. sums: room for kMaxGateSlices * num_tokens * num_experts.
+constexpr int kMaxGateSlices = 16;
+cudaError_t split_router(const GateParams& gate, const SelectParams& select, const SelectOutputs& out, float* sums,
+                         cudaStream_t stream);
+
 }  // namespace vllm_b200

@@ -119,17 +119,18 @@ struct Candidates {
 template <Scoring kScoring>
 constexpr float kBeyond = kScoring == Scoring::kSoftmax ? -kInfinity : 0.0f;
 
-// Scores in place of logits, which are kBeyond beyond num_experts.
-template <Scoring kScoring, int kQuads>
-__device__ __forceinline__ void make_scores(float (&x)[4 * kQuads]) {
+// Scores in place of a lane's kSize logits, which are kBeyond beyond num_experts.
+// A softmax is that of all logits in the warp.
+template <Scoring kScoring, int kSize>
+__device__ __forceinline__ void make_scores(float (&x)[kSize]) {
   if constexpr (kScoring == Scoring::kSoftmax) {
     float largest = x[0];
 #pragma unroll
-    for (int j = 1; j < 4 * kQuads; ++j) largest = fmaxf(largest, x[j]);
+    for (int j = 1; j < kSize; ++j) largest = fmaxf(largest, x[j]);
     largest = from_ordered(__reduce_max_sync(kAllLanes, ordered(largest)));
     float sum = 0.0f;
 #pragma unroll
-    for (int j = 0; j < 4 * kQuads; ++j) {
+    for (int j = 0; j < kSize; ++j) {
       x[j] = expf(x[j] - largest);
       sum += x[j];
     }
@@ -137,29 +138,29 @@ __device__ __forceinline__ void make_scores(float (&x)[4 * kQuads]) {
     for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(kAllLanes, sum, step);
     const float factor = reciprocal(sum);  // at least 1, or NaN
 #pragma unroll
-    for (int j = 0; j < 4 * kQuads; ++j) x[j] *= factor;
+    for (int j = 0; j < kSize; ++j) x[j] *= factor;
   } else if constexpr (kScoring == Scoring::kSigmoid) {
     float most = 0.0f;
 #pragma unroll
-    for (int j = 0; j < 4 * kQuads; ++j) {
+    for (int j = 0; j < kSize; ++j) {
       x[j] = 1.0f + __expf(-x[j]);
       most = fmaxf(most, x[j]);
     }
     if (most < 0x1p126f) {
 #pragma unroll
-      for (int j = 0; j < 4 * kQuads; ++j) x[j] = reciprocal(x[j]);
+      for (int j = 0; j < kSize; ++j) x[j] = reciprocal(x[j]);
     } else {
 #pragma unroll
-      for (int j = 0; j < 4 * kQuads; ++j) x[j] = 1.0f / x[j];
+      for (int j = 0; j < kSize; ++j) x[j] = 1.0f / x[j];
     }
   } else if constexpr (kScoring == Scoring::kTanhSigmoid) {
 #pragma unroll
-    for (int j = 0; j < 4 * kQuads; ++j) x[j] = 0.5f * tanhf(0.5f * x[j]) + 0.5f;
+    for (int j = 0; j < kSize; ++j) x[j] = 0.5f * tanhf(0.5f * x[j]) + 0.5f;
   }
   if constexpr (!kIsGrouped<kScoring>) {
     // As in vLLM: rows of NaN, which come with padding, choose experts 0, 1, 2 and on.
 #pragma unroll
-    for (int j = 0; j < 4 * kQuads; ++j) x[j] = fabsf(x[j]) < kInfinity ? x[j] : 0.0f;
+    for (int j = 0; j < kSize; ++j) x[j] = fabsf(x[j]) < kInfinity ? x[j] : 0.0f;
   }
 }
 
@@ -216,12 +217,52 @@ __device__ __forceinline__ void load_bias(const SelectParams& p, float (&bias)[4
   }
 }
 
+// Lane k < topk of a warp has the k-th expert of a row and its score.
+template <Scoring kScoring>
+__device__ __forceinline__ void write_row(const SelectParams& p, const SelectOutputs& out, int64_t token, int expert,
+                                          float weight) {
+  const int lane = threadIdx.x % 32;
+  if constexpr (kIsGrouped<kScoring>) {
+    float sum = lane < p.topk ? weight : 0.0f;
+    weight = static_cast<float>(weight * p.scale);
+    if (p.renormalize) {
+#pragma unroll
+      for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(kAllLanes, sum, step);
+      // weight / (sum + 1e-20) in fp64, as vLLM has it: from 2^-10 on the 1e-20 is
+      // nothing, and the quotient of two floats rounds the same from either type.
+      weight = sum >= 0x1p-10f ? weight / sum : static_cast<float>(weight / (sum + 1e-20));
+    }
+  } else {
+    float scale = static_cast<float>(p.scale);
+    if (p.renormalize) {
+      float sum = 0.0f;
+      for (int k = 0; k < p.topk; ++k) sum += __shfl_sync(kAllLanes, weight, k);
+      scale /= sum > 0.0f ? sum : 1.0f;
+    }
+    weight *= scale;
+  }
+
+  if (lane >= p.topk) return;
+  const int64_t at = token * p.topk + lane;
+  if (out.is_padding && out.is_padding[token]) {
+    expert = -1;
+    if constexpr (kIsGrouped<kScoring>) weight = 0.0f;
+  }
+  out.weights[at] = weight;
+  if (out.id_type == IndexType::kInt64) {
+    static_cast<int64_t*>(out.ids)[at] = expert;
+  } else {
+    static_cast<int32_t*>(out.ids)[at] = expert;
+  }
+  if (out.source_rows) out.source_rows[at] = static_cast<int32_t>(lane * out.num_tokens + token);
+}
+
 // One row: x are its logits, kBeyond beyond the last. Lane k < topk writes the k-th expert. All lanes take part.
 template <Scoring kScoring, int kQuads>
 __device__ __forceinline__ void select_row(const SelectParams& p, const SelectOutputs& out, int64_t token,
                                            const float (&bias)[4 * kQuads], float (&x)[4 * kQuads]) {
   const int lane = threadIdx.x % 32;
-  make_scores<kScoring, kQuads>(x);
+  make_scores<kScoring>(x);
 
   Candidates<kQuads> candidates;
 #pragma unroll
@@ -236,12 +277,10 @@ __device__ __forceinline__ void select_row(const SelectParams& p, const SelectOu
   }
 
   int expert = 0;
-  float weight = 0.0f, sum = 0.0f;
+  float weight = 0.0f;
   for (int k = 0; k < p.topk; ++k) {
     const uint64_t won = candidates.pop();
-    const float value = from_ordered(won >> 32);
-    sum += value;
-    if (lane == k) expert = ~static_cast<uint32_t>(won), weight = value;
+    if (lane == k) expert = ~static_cast<uint32_t>(won), weight = from_ordered(won >> 32);
   }
 
   if (p.bias) {
@@ -252,38 +291,8 @@ __device__ __forceinline__ void select_row(const SelectParams& p, const SelectOu
       const float score = __shfl_sync(kAllLanes, x[j], owner);
       if (j == element) weight = score;
     }
-    if (lane >= p.topk) weight = 0.0f;
   }
-  if constexpr (kIsGrouped<kScoring>) {
-    sum = lane < p.topk ? weight : 0.0f;
-    weight = static_cast<float>(weight * p.scale);
-    if (p.renormalize) {
-#pragma unroll
-      for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(kAllLanes, sum, step);
-      weight = static_cast<float>(weight / (sum + 1e-20));
-    }
-  } else {
-    float scale = static_cast<float>(p.scale);
-    if (p.renormalize) {
-      if (p.bias) {
-        sum = 0.0f;
-        for (int k = 0; k < p.topk; ++k) sum += __shfl_sync(kAllLanes, weight, k);
-      }
-      scale /= sum > 0.0f ? sum : 1.0f;
-    }
-    weight *= scale;
-  }
-
-  if (lane >= p.topk) return;
-  const int64_t at = token * p.topk + lane;
-  if (out.is_padding && out.is_padding[token]) expert = -1;
-  out.weights[at] = weight;
-  if (out.id_type == IndexType::kInt64) {
-    static_cast<int64_t*>(out.ids)[at] = expert;
-  } else {
-    static_cast<int32_t*>(out.ids)[at] = expert;
-  }
-  if (out.source_rows) out.source_rows[at] = static_cast<int32_t>(lane * out.num_tokens + token);
+  write_row<kScoring>(p, out, token, expert, weight);
 }
 
 }  // namespace vllm_b200

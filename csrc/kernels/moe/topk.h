@@ -40,6 +40,17 @@ struct SelectParams {
   double scale;
 };
 
+// Selections that a block can make for one token (select_block.cuh), and with how many warps.
+constexpr int kListSize = 8, kMaxLists = 16;
+
+inline int block_select_warps(const SelectParams& p) {
+  return p.num_groups > 1 ? p.num_groups : (p.num_experts + 31) / 32;
+}
+
+inline bool block_selects(const SelectParams& p) {
+  return p.scoring != Scoring::kSoftmax && p.topk <= kListSize && block_select_warps(p) <= kMaxLists;
+}
+
 // Where the result of a row goes, all [num_tokens, topk].
 struct SelectOutputs {
   float* weights;
