@@ -47,7 +47,9 @@ class B200FewTokensExperts:
         self._limit = dispatch.few_tokens_limit(*_sizes(moe_config), vllm_compat.capability() or (0, 0))
         self._quantize_input = vllm_compat.MOE_QUANTIZE_INPUT.get()
         report.chosen(
-            _LAYER_KIND, _NAME, f"our two kernels up to {self._limit} tokens, else {self.theirs.__name__}, vLLM's choice"
+            _LAYER_KIND,
+            _NAME,
+            f"our two kernels up to {self._limit} tokens, else {self.theirs.__name__}, vLLM's choice",
         )
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
