@@ -18,6 +18,9 @@ constexpr int kRows = 16;
 constexpr int kBlock = 128;        // columns that share a scale
 constexpr int kTileTokens = 8;     // columns of an mma
 constexpr float kEps = 1e-10f;
+constexpr int kTeams = 2;  // of the warps that multiply
+// Of a thread, for the 18 warps that rows of w2 of 1024 and more bytes take.
+constexpr int kRegisters = 96;
 
 using Fp8 = __nv_fp8_e4m3;
 using Bf16 = __nv_bfloat16;
