@@ -33,6 +33,7 @@ from vllm_b200_plugin.environment import (
 KV_CACHE_BYTES = 8 << 30
 MOST_NEW_TOKENS = 256
 LONG_PROMPT = 2048  # vLLM's smallest default for the tokens of a step
+MOST_CAPTURED = 512  # tokens of the largest step that vLLM captures by default
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -167,11 +168,13 @@ def engine_options(arguments: argparse.Namespace, config: dict[str, Any]) -> dic
         return options | {"max_model_len": 512, "enforce_eager": True}
     if arguments.input_len > LONG_PROMPT:
         options["max_num_batched_tokens"] = arguments.input_len
+    prefills = [batch * arguments.input_len for batch in batches]
+    captured = sorted({*batches, *(tokens for tokens in prefills if tokens <= MOST_CAPTURED)})
     return options | {
         "kv_cache_memory_bytes": KV_CACHE_BYTES,
         # Only how much must be free when an engine starts: the other one may hold its share by then.
         "gpu_memory_utilization": 0.3,
-        "compilation_config": {"cudagraph_capture_sizes": batches},
+        "compilation_config": {"cudagraph_capture_sizes": captured},
     }
 
 

@@ -106,6 +106,12 @@ def test_a_prompt_is_one_step() -> None:
     assert short["max_model_len"] == 4096 and "max_num_batched_tokens" not in short
 
 
+def test_prefills_are_captured_as_by_default() -> None:
+    arguments = serve_ab.parse_arguments([TINY, "--batch", "1", "4", "8", "--profile", "2"])
+    options = serve_ab.engine_options(arguments, {"vocab_size": 1024})
+    assert options["compilation_config"] == {"cudagraph_capture_sizes": [1, 2, 4, 8, 128, 256, 512]}
+
+
 def test_only_some_features(fakes, tmp_path: Path) -> None:
     code, lines = run(tmp_path, "--batch", "1", "--features", "fp8_block_linear")
     assert code == 0
