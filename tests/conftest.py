@@ -36,6 +36,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason=reason))
 
 
+@pytest.fixture
+def dispatch_table(monkeypatch):
+    """Takes the table of shapes for our GEMM that dispatch reads during a test."""
+    from vllm_b200_plugin import dispatch
+
+    def forget() -> None:
+        dispatch.small_m_gemm.cache_clear()
+        dispatch.small_m_limit.cache_clear()
+
+    def use(table: dict) -> None:
+        monkeypatch.setattr(dispatch, "TABLE", table)
+        forget()
+
+    yield use
+    forget()
+
+
 @pytest.fixture(scope="session")
 def preloaded():
     """A stand-in for evals.processes.Worker."""

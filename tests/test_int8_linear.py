@@ -22,14 +22,12 @@ OURS, CUTLASS = "B200CutlassInt8Kernel", "CutlassInt8ScaledMMLinearKernel"
 
 
 @pytest.fixture
-def module(monkeypatch):
+def module(monkeypatch, dispatch_table):
     from vllm_b200_plugin.integration import library, linear_int8_scaled
 
-    monkeypatch.setattr(dispatch, "TABLE", {(HOPPER, "int8"): TABLE})
+    dispatch_table({(HOPPER, "int8"): TABLE})
     monkeypatch.setattr(library, "capability", lambda: HOPPER)
-    dispatch.small_m_gemm.cache_clear()
-    yield linear_int8_scaled
-    dispatch.small_m_gemm.cache_clear()
+    return linear_int8_scaled
 
 
 @pytest.mark.parametrize(
@@ -41,10 +39,10 @@ def module(monkeypatch):
         (("VLLM_DISABLED_KERNELS", CUTLASS), True, TABLE, f"names {CUTLASS}"),
     ],
 )
-def test_reasons(module, monkeypatch, variable, symmetric, table, words):
+def test_reasons(module, dispatch_table, monkeypatch, variable, symmetric, table, words):
     if variable:
         monkeypatch.setenv(*variable)
-    monkeypatch.setattr(dispatch, "TABLE", {(HOPPER, "int8"): table})
+    dispatch_table({(HOPPER, "int8"): table})
     takes, reason = module.B200CutlassInt8Kernel.can_implement(types.SimpleNamespace(input_symmetric=symmetric))
     assert not takes and words in reason
 

@@ -7,7 +7,7 @@ pytest.importorskip("vllm")
 
 from child import answer
 
-from vllm_b200_plugin import dispatch, vllm_compat
+from vllm_b200_plugin import vllm_compat
 from vllm_b200_plugin.ops import nvfp4_gemm
 from vllm_b200_plugin.ops.nvfp4_quant import nvfp4_quant
 
@@ -52,14 +52,12 @@ def test_selection(env, kernels, state):
 
 
 @pytest.fixture
-def module(monkeypatch):
+def module(monkeypatch, dispatch_table):
     from vllm_b200_plugin.integration import library, linear_nvfp4
 
-    monkeypatch.setattr(dispatch, "TABLE", {(HOPPER, "nvfp4"): TABLE})
+    dispatch_table({(HOPPER, "nvfp4"): TABLE})
     monkeypatch.setattr(library, "capability", lambda: HOPPER)
-    dispatch.small_m_gemm.cache_clear(), dispatch.small_m_limit.cache_clear()
-    yield linear_nvfp4
-    dispatch.small_m_gemm.cache_clear(), dispatch.small_m_limit.cache_clear()
+    return linear_nvfp4
 
 
 @pytest.mark.parametrize("with_bias", [False, True])

@@ -22,11 +22,8 @@ TABLE = {
 
 
 @pytest.fixture
-def table(monkeypatch):
-    monkeypatch.setattr(dispatch, "TABLE", TABLE)
-    dispatch.small_m_gemm.cache_clear(), dispatch.small_m_limit.cache_clear()
-    yield
-    dispatch.small_m_gemm.cache_clear(), dispatch.small_m_limit.cache_clear()
+def table(dispatch_table):
+    dispatch_table(TABLE)
 
 
 @pytest.mark.parametrize(

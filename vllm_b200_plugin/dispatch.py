@@ -189,7 +189,6 @@ def fused_router(
     return Choice(ROUTER, f"one kernel from {FUSED_ROUTER_FROM} tokens on, else two")
 
 
-@functools.lru_cache(maxsize=1 << 12)
 def few_tokens_limit(
     topk: int, num_experts: int, hidden_size: int, intermediate_size: int, capability: tuple[int, int]
 ) -> int:
@@ -204,7 +203,6 @@ def few_tokens_limit(
     return 0 if capability != (9, 0) or topk < MIN_TOPK or large else FEW_TOKENS_MOE
 
 
-@functools.lru_cache(maxsize=1 << 12)  # asked in every eager call of a layer
 def few_tokens_moe(
     num_tokens: int, topk: int, num_experts: int, hidden_size: int, intermediate_size: int, capability: tuple[int, int]
 ) -> Choice:

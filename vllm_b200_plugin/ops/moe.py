@@ -132,8 +132,8 @@ def few_tokens_moe(
     out: torch.Tensor | None = None,
     pdl: bool = True,
 ) -> torch.Tensor:
-    """fp8_block_scaled_moe with 128x128 blocks for few tokens: two kernels that read the weights of each expert once,
-    without sorting, padding or quantising launches. A row of the result does not depend on the others.
+    """fp8_block_scaled_moe with 128x128 blocks for few tokens: two kernels that read the weights of each expert once
+    for 16 tokens, without sorting, padding or quantising launches. A row of the result does not depend on the others.
 
     Args:
         x: [num_tokens, hidden_size] bfloat16; rows may be strided, at multiples of 16 bytes.
