@@ -160,9 +160,7 @@ def _measure_case(
     peers = {name: make for name, make in family.IMPLEMENTATIONS.items() if not name.startswith("ours")}
     peers = {name: make for name, make in peers.items() if not names or name in names}
     cuts = list(likely_cuts(case.n, int(case.k * size), case.num_tokens))
-    ways = {"fp8_block": [True] if case.num_tokens > 8 else [False, True], "int8": [True], "fp8": [True]}.get(
-        kind, [False]
-    )
+    ways = {"fp8_block": [True] if case.num_tokens > 8 else [False, True]}.get(kind, [kind in ("fp8", "int8")])
     variants = {_name(cut, way): ours(kind, cut, way) for way in ways for cut in cuts}
     if kind != "nvfp4":
         streams = stream_cuts(case.n, int(case.k * size), case.num_tokens)
