@@ -27,8 +27,8 @@ _FP8, _INT8 = torch.float8_e4m3fn, torch.int8
 class Config(NamedTuple):
     """How the work is cut; every combination gives the right result, the shape decides which is fast.
 
-    There are two kernels. A block of one asks for its part of the weight at once: for weights of a few megabytes. A block
-    of the other, with `stages`, has a multiprocessor to itself and streams its part through buffers.
+    There are two kernels. A block of one asks for its part of the weight at once, which is for weights of a few
+    megabytes. A block of the other, with `stages`, has a multiprocessor to itself and streams its part through buffers.
 
     row_tiles: rows of the weight that a block of threads takes at a time, in sixteens: 1, 2 or 4.
     warps: of a block, 1 to 16 (8 where row_tiles * num_tokens is more than 32); they split K. With stages 8 or 16.
