@@ -78,9 +78,9 @@ def stream_cuts(n: int, row_bytes: int, num_tokens: int, sms: int = 132) -> Iter
     """Of the kernel that streams the weight: every one that gives each multiprocessor rows and has room."""
     if row_bytes % small_m_gemm.STREAM_BYTES or num_tokens > small_m_gemm.MAX_STREAM_TOKENS or n < 8 * sms:
         return
-    for row_tiles, warps, stages in product((1, 2, 4), (8, 16), (3, 4, 5)):
+    for row_tiles, warps, stages in product((1, 2, 4), (8, 16), (3, 4, 6)):
         token_tiles = -(-num_tokens // 8)
-        room = stages * 16 * (2048 + 64) + 1024 * warps * row_tiles * token_tiles <= 220 << 10
+        room = stages * 16 * (2048 + 64) + 512 * warps * row_tiles * token_tiles <= 220 << 10
         fits = warps == 8 or row_tiles * token_tiles <= 4
         if room and fits and (row_tiles == 1 or n > 8 * row_tiles * sms):
             yield Config(row_tiles, warps, 1, 0, stages)

@@ -20,7 +20,7 @@ CONFIGS = [
     for row_tiles, warps, cluster, chunks in itertools.product((1, 2, 4), (1, 3, 8), (1, 2, 4, 8), (0, 1, 3, 4))
     if not chunks or warps % chunks == 0
 ]
-STREAMS = [Config(*cut[:2], stages=cut[2]) for cut in itertools.product((1, 2, 4), (8, 16), (1, 3, 4))]
+STREAMS = [Config(*cut[:2], stages=cut[2]) for cut in itertools.product((1, 2, 4), (8, 16), (2, 3, 4))]
 
 
 def operands(case: SmallMCase, device: str = "cpu") -> dict[str, torch.Tensor]:

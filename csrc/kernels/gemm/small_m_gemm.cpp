@@ -11,7 +11,7 @@ cudaError_t stream_gemm_format(const SmallMGemmParams& params, const GemmConfig&
 namespace {
 
 cudaError_t stream_gemm(const SmallMGemmParams& params, GemmFormat format, const GemmConfig& config, cudaStream_t stream) {
-  if (params.m > kStreamGemmMaxTokens || config.stages < 1) return cudaErrorInvalidValue;
+  if (params.m > kStreamGemmMaxTokens || config.stages < 2) return cudaErrorInvalidValue;
   switch (format) {
     case GemmFormat::kE4M3Block: return stream_gemm_format<GemmFormat::kE4M3Block>(params, config, stream);
     case GemmFormat::kE4M3: return stream_gemm_format<GemmFormat::kE4M3>(params, config, stream);
