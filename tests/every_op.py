@@ -13,8 +13,8 @@ from vllm_b200_plugin.ops.gated_quant import (
     gated_token_quant,
     masked_silu_group_quant,
 )
-from vllm_b200_plugin.ops.moe import few_tokens_moe
 from vllm_b200_plugin.ops.moe_align import batched_moe_align_block_size, moe_align_block_size
+from vllm_b200_plugin.ops.moe_few_tokens import few_tokens_moe
 from vllm_b200_plugin.ops.moe_sum import moe_sum
 from vllm_b200_plugin.ops.norm_quant import rms_norm_group_quant, rms_norm_tensor_quant, rms_norm_token_quant
 from vllm_b200_plugin.ops.quant import ScaleLayout, empty_scale, per_token_group_quant

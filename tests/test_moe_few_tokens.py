@@ -30,7 +30,7 @@ from vllm.model_executor.layers.quantization.utils.quant_utils import (
     GroupShape, create_fp8_quant_key, kFp8Dynamic128Sym, kFp8Static128BlockSym)
 from vllm.v1.worker.workspace import init_workspace_manager
 from vllm_b200_plugin import dispatch, plugin
-from vllm_b200_plugin.ops.moe import few_tokens_moe
+from vllm_b200_plugin.ops.moe_few_tokens import few_tokens_moe
 
 torch.accelerator.empty_cache = lambda: None
 init_workspace_manager(torch.device("cpu"))
