@@ -113,11 +113,11 @@ def run(num_tokens, experts=slice(0, E), expert_map=None, on_input=False, topk=K
     weights, ids = torch.rand(num_tokens, E, generator=rng).topk(topk)
     ids = ids.int()
     out = k.apply(x, w13[experts], w2[experts], weights, ids, MoEActivation.SILU, E, expert_map, on_input)
-    ue8m0 = k.fused_experts._ue8m0
+    format = k.fused_experts._format
     if on_input:
         x, weights = x * weights.bfloat16(), None
     expected = few_tokens_moe(x, w13[experts], s13[experts], w2[experts], s2[experts], weights, ids,
-        expert_map=expert_map, ue8m0=ue8m0) if num_tokens <= 64 else None
+        expert_map=expert_map, format=format) if num_tokens <= 64 else None
     return out, expected
 
 limit = dispatch.few_tokens_limit(K, E, H, I, (9, 0))
