@@ -1,7 +1,5 @@
-"""Which experts vLLM's oracles make for bf16 layers and FP8 layers without block scales, with our features and without,
-and what they do with few and with many tokens. The kernels' CPU reference answers for them."""
-
-import functools
+"""Which experts vLLM's oracles make for bf16 layers and FP8 layers without block scales, and what they do with few and
+with many tokens. The kernels' CPU reference answers for them."""
 
 import pytest
 from child import answer
@@ -67,43 +65,38 @@ def check(kind):
     run(limit + 1)
     return same, small, seen
 
-enabled = "VLLM_B200_ENABLE" in os.environ
 picks = {kind: name(kind) for kind in ("bf16", *KEYS)}
 picks["odd scales"] = name("token", scales=(torch.ones(E, 4), torch.ones(E, 4)))
 picks["LoRA"] = name("bf16", layer(is_lora_enabled=True))
 picks["gelu"] = name("bf16", layer(activation=MoEActivation.GELU))
 picks["odd size"] = name("bf16", layer(intermediate_size=96))
 offered = [cls.__name__ for cls in unquantized.backend_to_kernel_cls(unquantized.UnquantizedMoeBackend.BATCHED_TRITON)]
-checks = {kind: check(kind) for kind in ("bf16", *KEYS)} if enabled else {}
+checks = {kind: check(kind) for kind in ("bf16", *KEYS)}
 print(json.dumps([picks, lines, plugin.results(), offered, checks, torch.cuda.is_initialized()]))
 """
 FEATURES = "fp8_moe_few_tokens,bf16_moe_few_tokens"
-KINDS = ("bf16", "token", "tensor", "given")
-
-
-@functools.cache
-def child(**environment: str):
-    code = CODE.format(capability=(9, 0), body=BODY)
-    return answer(code, VLLM_B200_STRICT="1", **environment)
+# What vLLM chooses for each.
+THEIRS = {
+    "bf16": "TritonExperts",
+    "token": "TritonOrCutlassExperts",
+    "tensor": "TritonExperts",
+    "given": "TritonExperts",
+}
 
 
 def test_with_the_features_ours_take_few_tokens():
-    picks, lines, results, offered, checks, cuda = child(VLLM_B200_ENABLE=FEATURES)
+    picks, lines, results, offered, checks, cuda = answer(
+        CODE.format(capability=(9, 0), body=BODY), VLLM_B200_STRICT="1", VLLM_B200_ENABLE=FEATURES
+    )
     assert all(results[name] == "applied" for name in FEATURES.split(",")) and not cuda
-    assert [picks[kind] for kind in KINDS] == ["B200FewTokensTritonExperts"] * 4
-    for refused in ("odd scales", "LoRA", "gelu", "odd size"):
+    assert {kind: picks[kind] for kind in THEIRS} == {kind: f"B200FewTokens{name}" for kind, name in THEIRS.items()}
+    assert picks["odd scales"] == THEIRS["token"]
+    for refused in ("LoRA", "gelu", "odd size"):
         assert picks[refused] == "TritonExperts", refused
     assert offered == ["BatchedTritonExperts"]
     for reason in ("scales of the shapes", "LoRA", "silu without a limit", "multiples of 64"):
         assert any(reason in line for line in lines), reason
-    for kind in KINDS:
+    for kind in THEIRS:
         same, small, seen = checks[kind]
         assert same == [True, True] and small == 0, kind
         assert seen == [["torch.bfloat16", True] if kind == "bf16" else ["torch.float8_e4m3fn", False]], kind
-
-
-def test_without_them_vllms_do():
-    picks, lines, results, *_ = child()
-    assert all(results[name] == "disabled" for name in FEATURES.split(","))
-    assert [picks[kind] for kind in KINDS] == ["TritonExperts"] * 4
-    assert any("the feature for FP8_TOKEN is off" in line for line in lines)
