@@ -136,7 +136,9 @@ def test_cuda_every_number_of_tokens(top_k: int, format: str) -> None:
     for num_tokens in range(1, 17 if format == "fp8_tensor-expert" else 65):
         case = FewTokensCase(num_tokens, 24, top_k, 256, 256, format=format)
         operands = make(case, "cuda", seed=num_tokens)
-        assert abs(difference(run(case, operands), in_float64(*operands, format))) < 2e-5, num_tokens
+        # Where rounding differs in the largest value of all, all are quantised with another scale.
+        limit = 1e-4 if format == "fp8_tensor-expert" else 2e-5
+        assert abs(difference(run(case, operands), in_float64(*operands, format))) < limit, num_tokens
 
 
 @FORMATS

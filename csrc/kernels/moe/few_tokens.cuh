@@ -82,6 +82,11 @@ struct Ring {
   __device__ __forceinline__ void advance() {
     if (++slot == stages) slot = 0, parity ^= 1;
   }
+  // By `buffers`, no more than there are.
+  __device__ __forceinline__ void advance(int buffers) {
+    slot += buffers;
+    if (slot >= stages) slot -= stages, parity ^= 1;
+  }
   // `upper` and `lower`: the first of eight rows each, of `pitch` bytes, of which `bytes` from `column` on are fetched.
   __device__ __forceinline__ void fetch(const uint8_t* upper, const uint8_t* lower, int column, int bytes, int pitch,
                                         uint64_t policy) {

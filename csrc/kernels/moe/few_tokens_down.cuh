@@ -45,6 +45,7 @@ __device__ __forceinline__ uint32_t largest_of(const FewTokensMoeParams& p, int 
   const uint4* const row = static_cast<const uint4*>(p.maxima) + place * words;
   uint32_t two = 0;
   if (valid) {
+#pragma unroll 4
     for (int i = threadIdx.x % 4; i < words; i += 4) {
       const uint4 eight = row[i];
       two = __vmaxu2(two, __vmaxu2(__vmaxu2(eight.x, eight.y), __vmaxu2(eight.z, eight.w)));

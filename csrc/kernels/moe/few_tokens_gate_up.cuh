@@ -12,17 +12,18 @@ using GateUpRows = RowChunks<16>;
 __device__ __forceinline__ float silu(float x) { return __fdividef(x, 1.0f + __expf(-x)); }
 __device__ __forceinline__ float rounded(float x) { return __bfloat162float(__float2bfloat16_rn(x)); }
 
-// The dynamic shared memory: barriers | assignments | scales of x | partial sums | x | ring.
+// The dynamic shared memory: barriers | assignments | scales of x | maxima of places | partial sums | x | ring.
 template <Scales kScales>
 struct GateUpLayout {
   using F = Format<kScales>;
   GateUpRows rows;
-  int assignments, scales, partials, activations, ring, end;
+  int assignments, scales, maxima, partials, activations, ring, end;
 
   __host__ __device__ GateUpLayout(const FewTokensMoeParams& p, int stages) : rows(p.hidden_size / F::kBlock) {
     assignments = Ring::barrier_bytes(stages);
     scales = round_up(assignments + Assignments::bytes(p), 16);
-    partials = round_up(scales + 4 * (F::kBlocks ? rows.blocks : 1) * p.num_tokens, 16);
+    maxima = scales + 4 * (F::kBlocks ? rows.blocks : 1) * p.num_tokens;
+    partials = round_up(maxima + (F::kRows ? 4 * p.num_tokens * p.top_k : 0), 16);
     activations = partials + 2 * kGateUpThreads * 16 * (p.num_tokens > kTileTokens ? 2 : 1);
     ring = round_up(activations + p.num_tokens * rows.blocks * kBlockBytes, 128);
     end = ring + stages * rows.stage_bytes();
@@ -90,20 +91,6 @@ struct TileScales<kScales> {
   }
 };
 
-// To the maxima the largest of a token's 8 values in a tile, one of which each of the lanes of equal number modulo 4
-// has. The whole warp calls it.
-template <Scales kScales>
-__device__ __forceinline__ void write_maximum(const FewTokensMoeParams& p, const Entry& entry, int token,
-                                              int column_tile, Bf16 value) {
-  uint32_t bits = __bfloat16_as_ushort(value) & 0x7fff;
-  if (!Format<kScales>::kTokens && bits > 0x7f80) bits = 0;  // NaN
-#pragma unroll
-  for (int lanes = 4; lanes < 32; lanes *= 2) bits = max(bits, __shfl_xor_sync(kFullWarp, bits, lanes));
-  if (threadIdx.x % 32 < 4 && entry.has(token)) {
-    static_cast<uint16_t*>(p.maxima)[entry.place(token) * (p.intermediate_size / (kRows / 2)) + column_tile] = bits;
-  }
-}
-
 // A tile is 8 rows of the gate and the 8 of the other half that belong to the same columns, so that a lane holds both
 // factors of silu(gate) * up, which it writes to `hidden`, by places (see Entry).
 template <Scales kScales, int kSets>
@@ -118,9 +105,12 @@ __global__ void __maxnreg__(Format<kScales>::kRows ? 128 : kRegisters) gate_up_k
   Ring ring = {shared_address(shared + layout.ring), shared_address(shared), stages, rows.stage_bytes()};
   Assignments assignments(shared + layout.assignments, p);
   float* const scales = reinterpret_cast<float*>(shared + layout.scales);
-  uint32_t* const maxima = reinterpret_cast<uint32_t*>(scales);  // of rows of x
+  uint32_t* const x_maxima = reinterpret_cast<uint32_t*>(scales);  // of rows
+  uint32_t* const maxima = reinterpret_cast<uint32_t*>(shared + layout.maxima);  // of what goes to places of `hidden`
   if (threadIdx.x == 0) ring.init(1);
-  if (F::kRows && threadIdx.x < p.num_tokens) maxima[threadIdx.x] = 0;
+  if constexpr (F::kRows) {
+    for (int i = threadIdx.x; i < p.num_tokens * (1 + p.top_k); i += blockDim.x) x_maxima[i] = 0;  // of both
+  }
   assignments.clear(p);
   // x comes to shared memory by pairs of a block and a token.
   const int pairs = rows.blocks * p.num_tokens;
@@ -181,8 +171,7 @@ __global__ void __maxnreg__(Format<kScales>::kRows ? 128 : kRegisters) gate_up_k
     return cursor.tile < end ? tile_scales.load(p, assignments[cursor.entry].expert, cursor.column_tile)
                              : typename TileScales<kScales>::Value{};
   };
-  typename TileScales<kScales>::Value next_scale;
-  if constexpr (!F::kRows) next_scale = scale_of(at);
+  auto next_scale = scale_of(at);
 
   // The next pairs, if there are any.
   auto advance_x = [&] {
@@ -201,7 +190,7 @@ __global__ void __maxnreg__(Format<kScales>::kRows ? 128 : kRegisters) gate_up_k
           uint32_t bits = p_i < pairs ? x[i].maximum() : 0;
           bits = max(bits, __shfl_xor_sync(kFullWarp, bits, 1));
           bits = max(bits, __shfl_xor_sync(kFullWarp, bits, 2));
-          if (quad == 0 && p_i < pairs) atomicMax(maxima + (F::kTokens ? p_i % p.num_tokens : 0), bits);
+          if (quad == 0 && p_i < pairs) atomicMax(x_maxima + (F::kTokens ? p_i % p.num_tokens : 0), bits);
         }
       }
     } while (advance_x());
@@ -214,9 +203,9 @@ __global__ void __maxnreg__(Format<kScales>::kRows ? 128 : kRegisters) gate_up_k
   }
   auto x_scale = [&](int token) {
     if constexpr (F::kTokens) {
-      return x[0].scale_of(maxima[token]);
+      return x[0].scale_of(x_maxima[token]);
     } else if constexpr (F::kRows) {
-      return p.x_scale != nullptr ? *p.x_scale : x[0].scale_of(maxima[0]);
+      return p.x_scale != nullptr ? *p.x_scale : x[0].scale_of(x_maxima[0]);
     }
   };
   do {
@@ -238,7 +227,6 @@ __global__ void __maxnreg__(Format<kScales>::kRows ? 128 : kRegisters) gate_up_k
   } while (advance_x());
   sync_threads(1, kGateUpThreads);
   if (team >= teams) return;
-  if constexpr (F::kRows) next_scale = scale_of(at);  // needed later than those of blocks
 
   // Columns without a token take another's: nobody reads their sums.
   const int last = p.num_tokens - 1;
@@ -263,7 +251,7 @@ __global__ void __maxnreg__(Format<kScales>::kRows ? 128 : kRegisters) gate_up_k
   };
   float4* const partials =
       reinterpret_cast<float4*>(shared + layout.partials) + team * 2 * kSets * kTeamThreads + lane;
-  for (int i = 0; i < team * rows.chunks; ++i) ring.advance();
+  ring.advance(team * rows.chunks);
 
 #pragma unroll 1
   for (int turn = 0; at.tile < end; ++turn) {
@@ -338,22 +326,36 @@ __global__ void __maxnreg__(Format<kScales>::kRows ? 128 : kRegisters) gate_up_k
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           const int token = 8 * set + 2 * quad + i;
-          if (!F::kRows && !entry.has(token)) continue;
+          if (!entry.has(token)) continue;
           float gate = i == 0 ? total.x : total.y, up = i == 0 ? total.z : total.w;
           if constexpr (F::kRows) {
             gate = gate * row_scales[set][i] * scale.x;
             up = up * row_scales[set][i] * scale.y;
           }
+          const int place = entry.place(token);
           const Bf16 value = __float2bfloat16_rn(silu(rounded(gate)) * rounded(up));
           if constexpr (F::kRows) {
-            if (F::kTokens || p.maxima != nullptr) write_maximum<kScales>(p, entry, token, current.column_tile, value);
-            if (!entry.has(token)) continue;
+            const uint32_t bits = __bfloat16_as_ushort(value) & 0x7fff;
+            // The scale of a tensor leaves NaN out.
+            if (F::kTokens || bits <= 0x7f80) atomicMax(maxima + place, bits);
           }
-          hidden[int64_t{entry.place(token)} * p.intermediate_size] = value;
+          hidden[int64_t{place} * p.intermediate_size] = value;
         }
       }
     }
-    for (int i = 0; i < 1 + (teams - 1) * rows.chunks; ++i) ring.advance();
+    ring.advance(1 + (teams - 1) * rows.chunks);
+  }
+
+  if constexpr (F::kRows) {
+    if (!F::kTokens && p.maxima == nullptr) return;
+    // Each tile gets the maxima of all of the block's tiles.
+    sync_threads(1 + kTeams, teams * kTeamThreads);
+    for (int tile = begin + threadIdx.x; tile < end; tile += teams * kTeamThreads) {
+      const Cursor cursor(tile, expert_tiles);
+      const Entry entry = assignments[cursor.entry];
+      uint16_t* const column = static_cast<uint16_t*>(p.maxima) + cursor.column_tile;
+      for (int place = entry.first; place < entry.end(); ++place) column[place * expert_tiles] = maxima[place];
+    }
   }
 }
 
