@@ -1,5 +1,5 @@
-"""Which experts vLLM's oracles make for bf16 layers and FP8 layers without block scales, and what they do with few and
-with many tokens. The kernels' CPU reference answers for them."""
+"""Which experts vLLM's oracles make for bf16 and INT8 layers and for FP8 layers without block scales, and what they do
+with few and with many tokens. The kernels' CPU reference answers for them."""
 
 import pytest
 from child import answer
@@ -9,14 +9,18 @@ pytest.importorskip("vllm")
 
 BODY = """
 from vllm.model_executor.layers.fused_moe.config import FusedMoEQuantConfig
-from vllm.model_executor.layers.fused_moe.oracle import unquantized
+from vllm.model_executor.layers.fused_moe.oracle import int8, unquantized
 from vllm.model_executor.layers.quantization.utils import quant_utils as keys
 from vllm_b200_plugin.ops.moe_few_tokens import ExpertFormat
 b13, b2 = (torch.randn(E, n, k, generator=rng).bfloat16() for n, k in ((2 * I, H), (H, I)))
 by_expert = torch.rand(E, generator=rng) / 2000
+i13, i2 = (torch.randint(-127, 128, shape, generator=rng).to(torch.int8) for shape in (w13.shape, w2.shape))
+WEIGHTS = dict(bf16=(b13, b2), int8=(i13, i2))
 given = (torch.tensor(0.01), torch.tensor([0.002]))
 SCALES = dict(token=(torch.rand(E, 2 * I, 1) / 2000, torch.rand(E, H, 1) / 2000), tensor=(by_expert,) * 2,
     given=(by_expert,) * 2)
+SCALES["int8"] = SCALES["token"]
+FORMATS = dict(bf16="BF16", token="FP8_TOKEN", int8="INT8_TOKEN", tensor="FP8_TENSOR", given="FP8_TENSOR")
 KEYS = dict(token=(keys.kFp8StaticChannelSym, keys.kFp8DynamicTokenSym),
     tensor=(keys.kFp8StaticTensorSym, keys.kFp8DynamicTensorSym),
     given=(keys.kFp8StaticTensorSym, keys.kFp8StaticTensorSym))
@@ -27,6 +31,10 @@ def kernel(kind, moe=None, scales=None):
         if kind == "bf16":
             backend, cls = unquantized.select_unquantized_moe_backend(moe)
             return unquantized.make_unquantized_moe_kernel(FusedMoEQuantConfig.make(), moe, backend, cls)
+        if kind == "int8":
+            backend, cls = int8.select_int8_moe_backend(moe)
+            quant = int8.make_int8_moe_quant_config(backend, *SCALES[kind], per_act_token_quant=True)
+            return int8.make_int8_moe_kernel(backend, quant, moe, cls)
         backend, cls = oracle.select_fp8_moe_backend(moe, *KEYS[kind], allow_vllm_cutlass=kind == "token")
         quant = oracle.make_fp8_moe_quant_config(backend, *(scales or SCALES[kind]),
             *(given if kind == "given" else (None, None)), per_act_token_quant=kind == "token",
@@ -45,7 +53,7 @@ def check(kind):
     k.fused_experts._theirs.apply = theirs
     no_dp_ep.moe_kernel_quantize_input = lambda a, *args, quant_dtype, **kwargs: (
         (a, None) if quant_dtype is None else (a.to(quant_dtype), torch.ones(1)))
-    weights13, weights2 = (b13, b2) if kind == "bf16" else (w13, w2)
+    weights13, weights2 = WEIGHTS.get(kind, (w13, w2))
     def run(num_tokens):
         x = torch.randn(num_tokens, H, generator=rng).bfloat16()
         weights, ids = torch.rand(num_tokens, E, generator=rng).topk(K)
@@ -57,7 +65,7 @@ def check(kind):
     for num_tokens in (1, limit):
         out, x, weights, ids = run(num_tokens)
         s13, s2 = (None, None) if kind == "bf16" else (s.squeeze(-1) for s in SCALES[kind])
-        format = ExpertFormat["BF16" if kind == "bf16" else "FP8_TOKEN" if kind == "token" else "FP8_TENSOR"]
+        format = ExpertFormat[FORMATS[kind]]
         more = dict(x_scale=given[0], hidden_scale=given[1]) if kind == "given" else {}
         expected = few_tokens_moe(x, weights13, s13, weights2, s2, weights, ids, format=format, **more)
         same.append(bool(torch.equal(out, expected)) and bool(out.any()))
@@ -65,23 +73,19 @@ def check(kind):
     run(limit + 1)
     return same, small, seen
 
-picks = {kind: name(kind) for kind in ("bf16", *KEYS)}
+picks = {kind: name(kind) for kind in FORMATS}
 picks["odd scales"] = name("token", scales=(torch.ones(E, 4), torch.ones(E, 4)))
 picks["LoRA"] = name("bf16", layer(is_lora_enabled=True))
 picks["gelu"] = name("bf16", layer(activation=MoEActivation.GELU))
 picks["odd size"] = name("bf16", layer(intermediate_size=96))
 offered = [cls.__name__ for cls in unquantized.backend_to_kernel_cls(unquantized.UnquantizedMoeBackend.BATCHED_TRITON)]
-checks = {kind: check(kind) for kind in ("bf16", *KEYS)}
+checks = {kind: check(kind) for kind in FORMATS}
 print(json.dumps([picks, lines, plugin.results(), offered, checks, torch.cuda.is_initialized()]))
 """
-FEATURES = "fp8_moe_few_tokens,bf16_moe_few_tokens"
+FEATURES = "fp8_moe_few_tokens,int8_moe_few_tokens,bf16_moe_few_tokens"
 # What vLLM chooses for each.
-THEIRS = {
-    "bf16": "TritonExperts",
-    "token": "TritonOrCutlassExperts",
-    "tensor": "TritonExperts",
-    "given": "TritonExperts",
-}
+THEIRS = dict.fromkeys(("bf16", "int8", "tensor", "given"), "TritonExperts") | {"token": "TritonOrCutlassExperts"}
+QUANTISED = {"bf16": ["torch.bfloat16", True], "int8": ["torch.int8", False]}
 
 
 def test_with_the_features_ours_take_few_tokens():
@@ -99,4 +103,4 @@ def test_with_the_features_ours_take_few_tokens():
     for kind in THEIRS:
         same, small, seen = checks[kind]
         assert same == [True, True] and small == 0, kind
-        assert seen == [["torch.bfloat16", True] if kind == "bf16" else ["torch.float8_e4m3fn", False]], kind
+        assert seen == [QUANTISED.get(kind, ["torch.float8_e4m3fn", False])], kind

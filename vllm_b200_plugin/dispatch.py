@@ -36,7 +36,7 @@ PLAIN_SCALES_BELOW = 32
 # (benchmarks/results/h200/fused_experts.jsonl): 128 experts of 2048x768, 8 a token, 18 us against 28 with one token, 26
 # against 37 with two, 39 against 53 with four, 64 against 86 with eight, 102 against 118 with 16, 203 against 153 with
 # 32. Experts of more weights were not measured to win.
-FEW_TOKENS_MOE = {"fp8_block": 16, "fp8_token": 16, "fp8_tensor": 16, "bf16": 16}
+FEW_TOKENS_MOE = {"fp8_block": 16, "fp8_token": 16, "fp8_tensor": 16, "int8_token": 16, "bf16": 16}
 LARGE_EXPERT_WEIGHTS = 8 << 20
 MIN_TOPK = 4  # 8 were measured
 
@@ -204,7 +204,7 @@ def few_tokens_limit(
         num_experts, hidden_size, intermediate_size: of the layer on this GPU.
         capability: compute capability, for example (9, 0).
         format: fp8_block, fp8_token (a scale for each channel and token), fp8_tensor (for each expert and all
-            activations) or bf16.
+            activations), int8_token or bf16.
     """
     large = 3 * hidden_size * intermediate_size > LARGE_EXPERT_WEIGHTS
     return 0 if capability != (9, 0) or topk < MIN_TOPK or large else FEW_TOKENS_MOE[format]

@@ -128,6 +128,14 @@ FEATURES: tuple[Feature, ...] = (
         trial=True,
     ),
     Feature(
+        name="int8_moe_few_tokens",
+        changes="the same for INT8 experts with a scale for each channel and token",
+        needs="the CUDA library, compute capability 9.0, 10.0, 10.3 or 12.0",
+        module="vllm_b200_plugin.integration.moe_few_tokens_int8",
+        after="vllm.model_executor.layers.fused_moe.oracle.int8",
+        trial=True,
+    ),
+    Feature(
         name="fp8_linear",
         changes="FP8 linear layers with a scale per tensor, or per channel and token: our GEMM for few tokens where it "
         "is faster than CUTLASS",

@@ -103,6 +103,7 @@ EXPERT_FORMATS = (
     "fp8_token-expert",
     "fp8_tensor-expert",
     "fp8_tensor-expert-given",
+    "int8_token-channel",
 )
 
 
@@ -137,7 +138,9 @@ class FusedExpertsCase:
         hit = self.num_experts * (1 - (1 - TOP_K / self.num_experts) ** self.num_tokens)
         weights = 3 * self.hidden_size * self.intermediate_size
         rows = 2 * self.intermediate_size + self.hidden_size
-        scales = {"fp8_block": weights / 128**2, "bf16": 0, "fp8_token-channel": rows}.get(self.format, 2)
+        scales = {"fp8_block": weights / 128**2, "bf16": 0, "fp8_token-channel": rows, "int8_token-channel": rows}.get(
+            self.format, 2
+        )
         expert = weights * (2 if self.format == "bf16" else 1) + 4 * scales
         return round(hit * expert) + self.num_tokens * (4 * self.hidden_size + 8 * TOP_K)
 
@@ -179,7 +182,7 @@ def fused_experts_benchmarks() -> Iterator[FusedExpertsCase]:
         yield FusedExpertsCase(num_tokens, 128, 2048, 768)  # Qwen3-30B-A3B
     for num_tokens in (1, 4, 16):
         yield FusedExpertsCase(num_tokens, 256, 7168, 2048)  # DeepSeek-V3
-    for format in ("bf16", "fp8_token-channel", "fp8_tensor-expert", "fp8_tensor-expert-given"):
+    for format in ("bf16", "fp8_token-channel", "fp8_tensor-expert", "fp8_tensor-expert-given", "int8_token-channel"):
         for num_tokens in (1, 2, 4, 8, 16, 32):
             yield FusedExpertsCase(num_tokens, 128, 2048, 768, format)
 

@@ -14,6 +14,7 @@ from benchmarks.cases.moe import TOP_K, FusedExpertsCase, fused_experts_benchmar
 from benchmarks.families import Missing, Run
 from benchmarks.families._common import (
     E4M3_MAX,
+    EPS,
     FP8_LIMIT,
     GROUP,
     Returned,
@@ -48,12 +49,12 @@ GIVEN = {"x_scale": 2.0**-6, "hidden_scale": 2.0**-9}
 
 
 def record(case: FusedExpertsCase) -> dict[str, Any]:
-    scales = "" if case.format in ("bf16", "fp8_block") else f"-{case.format.removeprefix('fp8_')}"
+    scales = "" if case.format in ("bf16", "fp8_block") else f"-{case.format.split('_')[1]}"
     return {
         "m": case.num_tokens,
         "n": case.intermediate_size,
         "k": case.hidden_size,
-        "dtype": "bf16" if case.format == "bf16" else "e4m3",
+        "dtype": {"bf16": "bf16", "int8": "int8"}.get(case.format[:4], "e4m3"),
         "layout": case.experts_name + scales,
         "bytes": case.num_bytes,
         "flops": case.flops,
@@ -77,7 +78,10 @@ def _weight(shape: tuple[int, int, int], format: str, rng: torch.Generator) -> t
         return normal(shape, rng).div_(shape[2] ** 0.5), None
     if format == "fp8_block":
         return fp8_block_weight(shape, rng)
-    return e4m3_values(shape, rng), powers_of_two(shape[: 2 if "channel" in format else 1], -13, -11, rng)
+    scale = powers_of_two(shape[: 2 if "channel" in format else 1], -13, -11, rng)
+    if "int8" in format:
+        return normal(shape, rng).mul_(32).clamp_(-127, 127).to(torch.int8), scale
+    return e4m3_values(shape, rng), scale
 
 
 def _given(case: FusedExpertsCase) -> dict[str, torch.Tensor]:
@@ -105,6 +109,10 @@ def _quant_config(case: FusedExpertsCase, w13_scale: Any, w2_scale: Any) -> Any:
     make = peer(f"{FUSED_MOE}.config", "fp8_w8a8_moe_quant_config")
     if case.format == "fp8_block":
         return make(w1_scale=w13_scale, w2_scale=w2_scale, block_shape=list(BLOCK))
+    if case.format == "int8_token-channel":
+        make = peer(f"{FUSED_MOE}.config", "int8_w8a8_moe_quant_config")
+        scales = {"w1_scale": w13_scale.unsqueeze(-1), "w2_scale": w2_scale.unsqueeze(-1)}
+        return make(**scales, a1_scale=None, a2_scale=None, per_act_token_quant=True)
     if case.format == "fp8_token-channel":
         w13_scale, w2_scale = w13_scale.unsqueeze(-1), w2_scale.unsqueeze(-1)
         return make(w1_scale=w13_scale, w2_scale=w2_scale, per_act_token_quant=True, per_out_ch_quant=True)
@@ -122,7 +130,7 @@ def vllm_triton(case: FusedExpertsCase, seed: int) -> Run:
 
 def vllm_cutlass(case: FusedExpertsCase, seed: int) -> Run:
     """What vLLM's CutlassExpertsFp8 does, with the quantisation before it."""
-    if case.format in ("bf16", "fp8_block"):
+    if case.format in ("bf16", "fp8_block", "int8_token-channel"):
         raise Missing("vLLM's CUTLASS takes FP8 with a scale for each channel or expert")
     experts = peer(f"{FUSED_MOE}.experts.cutlass_moe", "run_cutlass_moe_fp8")
     make_scratch = peer(f"{FUSED_MOE}.moe_permute_unpermute", "get_moe_permute_scratch")
@@ -203,6 +211,9 @@ def _quantised(x: torch.Tensor, format: str, given: torch.Tensor | None, ue8m0: 
     if format == "fp8_block":
         return dequantise(*quantise_groups(x, ue8m0))
     rows = x.float()
+    if "int8" in format:
+        largest = rows.abs().amax(-1, keepdim=True).clamp(min=EPS)
+        return (rows * (127 / largest)).round().double() * (largest.double() / 127)
     if "token" in format:
         scale = (rows.abs().amax(-1, keepdim=True) / E4M3_MAX).clamp(min=1 / (E4M3_MAX * 512))
         scaled = rows / scale

@@ -29,10 +29,10 @@ void check_rows(const Tensor& tensor, const char* name, int64_t rows, int64_t co
                   name, ": takes rows that start at multiples of 16 bytes and a last stride of 1");
 }
 
-// A row of e4m3 weights has scales of 128 columns each, one scale, or shares that of the expert.
+// A row of quantised weights has scales of 128 columns each, one scale, or shares that of the expert.
 void check_scale(const std::optional<Tensor>& scale, const char* name, ExpertFormat format, bool of_rows,
                  int64_t num_experts, int64_t rows, int64_t columns, int32_t device) {
-  STD_TORCH_CHECK(scale.has_value() == (format != ExpertFormat::kBf16), name, ": goes with e4m3 weights");
+  STD_TORCH_CHECK(scale.has_value() == (format != ExpertFormat::kBf16), name, ": goes with quantised weights");
   if (!scale.has_value()) return;
   STD_TORCH_CHECK(scale->get_device_index() == device, name, ": takes the device of x");
   if (format == ExpertFormat::kFp8Block || format == ExpertFormat::kFp8BlockPow2) {
@@ -67,7 +67,7 @@ void few_tokens_moe_op(const Tensor& x, const Tensor& w13, std::optional<Tensor>
                        bool pdl) {
   STD_TORCH_CHECK(x.dim() == 2 && w13.dim() == 3 && topk_ids.dim() == 2,
                   "x and topk_ids: take 2 dimensions; w13: takes 3");
-  STD_TORCH_CHECK(format_id >= 0 && format_id <= static_cast<int64_t>(ExpertFormat::kFp8Tensor), "format: got ",
+  STD_TORCH_CHECK(format_id >= 0 && format_id <= static_cast<int64_t>(ExpertFormat::kInt8Token), "format: got ",
                   format_id);
   const auto format = static_cast<ExpertFormat>(format_id);
   const bool bf16 = format == ExpertFormat::kBf16, maxima = format >= ExpertFormat::kFp8Token;
@@ -85,7 +85,9 @@ void few_tokens_moe_op(const Tensor& x, const Tensor& w13, std::optional<Tensor>
   const int32_t device = x.get_device_index();
   check_rows(x, "x", num_tokens, hidden_size);
   check_rows(out, "out", num_tokens, hidden_size);
-  const auto weight_type = bf16 ? ScalarType::BFloat16 : ScalarType::Float8_e4m3fn;
+  const auto weight_type = bf16                               ? ScalarType::BFloat16
+                           : format == ExpertFormat::kInt8Token ? ScalarType::Char
+                                                                : ScalarType::Float8_e4m3fn;
   const bool row_scales = w13_scale.has_value() && w13_scale->dim() == 2;
   check_contiguous(w13, "w13", weight_type, {num_experts, 2 * intermediate_size, hidden_size});
   check_scale(w13_scale, "w13_scale", format, row_scales, num_experts, 2 * intermediate_size, hidden_size, device);

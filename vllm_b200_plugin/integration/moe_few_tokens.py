@@ -184,15 +184,17 @@ def _name(format: ExpertFormat | None) -> str:
 
 
 def _layer_kind(format: ExpertFormat | None) -> str:
-    if format is not None and format.has_blocks:
-        return "FP8 block experts"
-    return "bf16 experts" if format == ExpertFormat.BF16 else "experts" if format is None else "FP8 experts"
+    if format is None:
+        return "experts"
+    return "FP8 block experts" if format.has_blocks else f"{format.name.split('_')[0].replace('BF', 'bf')} experts"
 
 
 def format_of(quant_config: Any) -> ExpertFormat | None:
     """The format of a layer's experts, None for one that our kernels do not have."""
     if quant_config.quant_dtype is None and quant_config.weight_quant_dtype is None:
         return ExpertFormat.BF16
+    if quant_config.use_int8_w8a8 and quant_config.block_shape is None and quant_config.per_act_token_quant:
+        return ExpertFormat.INT8_TOKEN
     if not quant_config.use_fp8_w8a8:
         return None
     if quant_config.block_shape is not None:
@@ -206,6 +208,8 @@ def _format_before_loading(method: Any) -> ExpertFormat | None:
         return ExpertFormat.BF16
     if block_shape := getattr(method, "weight_block_size", None):
         return ExpertFormat.FP8_BLOCK if list(block_shape) == list(BLOCK_SHAPE) else None
+    if hasattr(method, "int8_backend"):
+        return ExpertFormat.INT8_TOKEN
     if not hasattr(method, "fp8_backend"):
         return None
     by_token = getattr(getattr(method, "input_quant", None), "strategy", None) == "token"
@@ -257,7 +261,7 @@ def _config_refusal(moe_config: Any, format: ExpertFormat | None) -> str | None:
     if _NAME in vllm_compat.ENVS.get().VLLM_DISABLED_KERNELS:
         return f"VLLM_DISABLED_KERNELS names {_NAME}"
     if format is None:
-        return "ours need bfloat16, or FP8 with scales of blocks of 128x128, of channels or of experts"
+        return "ours need bfloat16, or 8 bits with scales of blocks of 128x128, of channels or of experts"
     if format not in _applied:
         return f"the feature for {format.name} is off"
     if moe_config.in_dtype != torch.bfloat16:

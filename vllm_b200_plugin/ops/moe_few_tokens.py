@@ -26,10 +26,13 @@ class ExpertFormat(IntEnum):
     FP8_BLOCK_POW2 = 2  # the same, activation scales rounded up to powers of two, as DeepGEMM's scale format wants
     FP8_TOKEN = 3  # e4m3 with a scale for each output channel or expert; activations with one for each token
     FP8_TENSOR = 4  # the same; activations with one scale, given or that of the largest
+    INT8_TOKEN = 5  # as FP8_TOKEN, in int8
 
     @property
     def weight_dtype(self) -> torch.dtype:
-        return torch.bfloat16 if self == ExpertFormat.BF16 else torch.float8_e4m3fn
+        if self == ExpertFormat.BF16:
+            return torch.bfloat16
+        return torch.int8 if self == ExpertFormat.INT8_TOKEN else torch.float8_e4m3fn
 
     @property
     def has_blocks(self) -> bool:
@@ -63,13 +66,14 @@ def few_tokens_moe(
     that read the weights of each expert once for 16 tokens, without sorting, padding or quantising launches.
 
     The activations of both products are quantised as vLLM does: in groups as `per_token_group_quant`, by token as
-    `per_token_quant`, by a given scale as `per_tensor_quant`, or by the scale max|x| / 448 of all that are numbers.
+    `per_token_quant`, by a given scale as `per_tensor_quant`, or by the scale max|x| / 448 of all that are numbers; in
+    int8 as vLLM's Triton kernel: x * (127 / max(max|x|, 1e-10)) to the nearest, ties away from zero.
     Between the products the values are rounded to bfloat16; the weighted sum is fp32. A row of the result depends on
     no other, except through that last scale.
 
     Args:
         x: [num_tokens, hidden_size] bfloat16; rows may be strided, at multiples of 16 bytes.
-        w13: [num_experts, 2 * intermediate_size, hidden_size] bfloat16 or float8_e4m3fn, as `format` says.
+        w13: [num_experts, 2 * intermediate_size, hidden_size] bfloat16, float8_e4m3fn or int8, as `format` says.
         w13_scale: float32. Blocks: [num_experts, 2 * intermediate_size / 128, hidden_size / 128]; channels:
             [num_experts, 2 * intermediate_size]; experts: [num_experts]; None with BF16.
         w2: [num_experts, hidden_size, intermediate_size] in the dtype of w13.
@@ -235,6 +239,10 @@ def _quantised(x: torch.Tensor, format: ExpertFormat, scale: torch.Tensor | None
     if format == ExpertFormat.FP8_TOKEN:
         q, token_scale, _ = per_token_quant(x)
         return q.float() * token_scale
+    if format == ExpertFormat.INT8_TOKEN:
+        largest = x.float().abs().amax(-1, keepdim=True).clamp(min=1e-10)
+        scaled = x.float() * (torch.tensor(127.0) / largest)
+        return torch.trunc(scaled + torch.copysign(torch.tensor(0.5), scaled)).nan_to_num(nan=0.0) * (largest / 127)
     if scale is None:
         numbers = x.float().abs().nan_to_num(nan=0.0, posinf=torch.inf)
         scale = (numbers.max() if x.numel() else numbers.sum()) / QUANT_MAX[torch.float8_e4m3fn]

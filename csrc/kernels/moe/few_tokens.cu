@@ -99,6 +99,7 @@ cudaError_t few_tokens_moe(const FewTokensMoeParams& params, cudaStream_t stream
     case ExpertFormat::kFp8BlockPow2: return launch_all<Scales::kPow2Blocks>(params, stream);
     case ExpertFormat::kFp8Token: return launch_all<Scales::kTokens>(params, stream);
     case ExpertFormat::kFp8Tensor: return launch_all<Scales::kTensors>(params, stream);
+    case ExpertFormat::kInt8Token: return launch_all<Scales::kInt8Tokens>(params, stream);
   }
   return cudaErrorInvalidValue;
 }

@@ -25,17 +25,18 @@ constexpr int kRegisters = 96;
 using Fp8 = __nv_fp8_e4m3;
 using Bf16 = __nv_bfloat16;
 
-// What the scales of e4m3 weights and activations are for; kNone: both are bf16. A tensor of weights is one expert's, and
-// has rows of equal scales.
-enum class Scales { kNone, kBlocks, kPow2Blocks, kTokens, kTensors };
+// What the scales of e4m3 weights and activations are for; kNone: both are bf16; kInt8Tokens: both are int8. A tensor of
+// weights is one expert's, and has rows of equal scales.
+enum class Scales { kNone, kBlocks, kPow2Blocks, kTokens, kTensors, kInt8Tokens };
 
 template <Scales kScales>
 struct Format {
   static constexpr bool kBlocks = kScales == Scales::kBlocks || kScales == Scales::kPow2Blocks;
-  static constexpr bool kTokens = kScales == Scales::kTokens;
+  static constexpr bool kInt8 = kScales == Scales::kInt8Tokens;
+  static constexpr bool kTokens = kScales == Scales::kTokens || kInt8;
   static constexpr bool kRows = kTokens || kScales == Scales::kTensors;  // one scale along all of a product
   static constexpr bool kQuantised = kScales != Scales::kNone;
-  using Value = std::conditional_t<kQuantised, Fp8, Bf16>;
+  using Value = std::conditional_t<kInt8, int8_t, std::conditional_t<kQuantised, Fp8, Bf16>>;
   static constexpr int kBlock = kBlockBytes / sizeof(Value);  // columns
   // Of a row of w2, that a warp of down_kernel has in hand at once.
   static constexpr int kWarpBlocks = kQuantised ? 1 : 2;
@@ -123,8 +124,8 @@ __device__ __forceinline__ uint32_t shared_half(int row, int half) { return ((ha
 template <Scales kScales>
 struct Group;
 
-// 32 of 128 elements in each lane.
-struct Fp8Group {
+// 32 of 128 elements in each lane, which become bytes.
+struct ByteGroup {
   Chunk<Bf16> low = {}, high = {};
 
   __device__ __forceinline__ void load(const Bf16* block) {
@@ -135,16 +136,16 @@ struct Fp8Group {
   // The bits of the calling lane's absolute maximum.
   __device__ __forceinline__ uint32_t maximum() const { return max(absmax_bits(low), absmax_bits(high)); }
   // To `destination`, 128 bytes of a row of this number.
-  template <typename Divide>
+  template <typename Out = Fp8, typename Divide>
   __device__ __forceinline__ void store(uint8_t* destination, int row, const Divide& divide) const {
     destination += threadIdx.x % 4 * kChunk;
-    quantize_chunk(low, divide, reinterpret_cast<Fp8*>(destination + shared_half(row, 0)));
-    quantize_chunk(high, divide, reinterpret_cast<Fp8*>(destination + shared_half(row, 1)));
+    quantize_chunk(low, divide, reinterpret_cast<Out*>(destination + shared_half(row, 0)));
+    quantize_chunk(high, divide, reinterpret_cast<Out*>(destination + shared_half(row, 1)));
   }
 };
 
 template <bool kPow2>
-struct ScaledGroup : Fp8Group {
+struct ScaledGroup : ByteGroup {
   // To `destination`, 128 bytes of a row of this number; returns the scale. The whole warp calls it.
   __device__ __forceinline__ float quantize(uint8_t* destination, int row, bool write) const {
     using Divide = std::conditional_t<kPow2, PowerOfTwoDivisor, Divisor>;
@@ -157,21 +158,37 @@ struct ScaledGroup : Fp8Group {
 template <> struct Group<Scales::kBlocks> : ScaledGroup<false> {};
 template <> struct Group<Scales::kPow2Blocks> : ScaledGroup<true> {};
 
-// vLLM divides by the scale of a token.
-template <> struct Group<Scales::kTokens> : Fp8Group {
-  static __device__ __forceinline__ float scale_of(uint32_t maximum) { return token_scale_e4m3(maximum, nullptr); }
-  __device__ __forceinline__ void quantize(uint8_t* destination, int row, float scale) const {
-    store(destination, row, Divisor(scale));
+// Those with one scale for a row or for all: it comes from the bits of the largest value, unless it is given. vLLM
+// divides by the scale of a token.
+template <> struct Group<Scales::kTokens> : ByteGroup {
+  static __device__ __forceinline__ float scale_of(uint32_t largest, const float*) {
+    return token_scale_e4m3(largest, nullptr);
+  }
+  __device__ __forceinline__ void quantize(uint8_t* destination, int row, uint32_t largest, const float*) const {
+    store(destination, row, Divisor(scale_of(largest, nullptr)));
+  }
+};
+
+// In int8 it multiplies, and rounds as its Triton kernel does: ties away from zero.
+template <> struct Group<Scales::kInt8Tokens> : ByteGroup {
+  static __device__ __forceinline__ float scale_of(uint32_t largest, const float*) {
+    return divide_by<127>(floored(largest));
+  }
+  __device__ __forceinline__ void quantize(uint8_t* destination, int row, uint32_t largest, const float*) const {
+    store<RoundedInt8>(destination, row, Multiplier(__fdiv_rn(127.0f, floored(largest))));
+  }
+  static __device__ __forceinline__ float floored(uint32_t largest) {
+    return __uint_as_float(max(largest, __float_as_uint(kEps)));
   }
 };
 
 // It multiplies by the reciprocal of a tensor's, which it takes from the largest value that is a number.
-template <> struct Group<Scales::kTensors> : Fp8Group {
-  static __device__ __forceinline__ float scale_of(uint32_t maximum) {
-    return divide_by<448>(__uint_as_float(maximum));
+template <> struct Group<Scales::kTensors> : ByteGroup {
+  static __device__ __forceinline__ float scale_of(uint32_t largest, const float* given) {
+    return given != nullptr ? *given : divide_by<448>(__uint_as_float(largest));
   }
-  __device__ __forceinline__ void quantize(uint8_t* destination, int row, float scale) const {
-    store(destination, row, Multiplier(__frcp_rn(scale)));
+  __device__ __forceinline__ void quantize(uint8_t* destination, int row, uint32_t largest, const float* given) const {
+    store(destination, row, Multiplier(__frcp_rn(scale_of(largest, given))));
   }
   __device__ __forceinline__ uint32_t maximum() const {
     uint32_t bits = 0;
@@ -207,12 +224,20 @@ template <> struct Group<Scales::kNone> {
 __device__ __forceinline__ int warp_index() { return __shfl_sync(kFullWarp, static_cast<int>(threadIdx.x / 32), 0); }
 
 template <typename Value>
-__device__ __forceinline__ void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
-                                    uint32_t b1) {
+using Sum = std::conditional_t<std::is_same_v<Value, int8_t>, int32_t, float>;
+
+template <typename Value>
+__device__ __forceinline__ void mma(Sum<Value> (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
+                                    uint32_t b0, uint32_t b1) {
   if constexpr (std::is_same_v<Value, Fp8>) {
     asm("mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
         "{%0, %1, %2, %3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+  } else if constexpr (std::is_same_v<Value, int8_t>) {
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
   } else {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
@@ -241,15 +266,13 @@ struct WeightBlock {
   // product[0], product[1]: row lane / 4, columns lane % 4 * 2 and the one after; product[2], product[3]: 8 rows on.
   // x: both halves of the block in the row of activations that is column lane / 4.
   __device__ __forceinline__ void multiply(float (&product)[4], const uint4 (&x)[2]) const {
-    float other[4] = {};
+    Sum<Value> sum[4] = {}, other[4] = {};
+    add_product(sum, other, x);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) product[i] = 0.0f;
-    add_product(product, other, x);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) product[i] += other[i];
+    for (int i = 0; i < 4; ++i) product[i] = static_cast<float>(sum[i] + other[i]);
   }
   // In two sums, which do not wait for each other.
-  __device__ __forceinline__ void add_product(float (&sum)[4], float (&other)[4], const uint4 (&x)[2]) const {
+  __device__ __forceinline__ void add_product(Sum<Value> (&sum)[4], Sum<Value> (&other)[4], const uint4 (&x)[2]) const {
     mma<Value>(sum, upper[0].x, lower[0].x, upper[0].y, lower[0].y, x[0].x, x[0].y);
     mma<Value>(other, upper[1].x, lower[1].x, upper[1].y, lower[1].y, x[1].x, x[1].y);
     mma<Value>(sum, upper[0].z, lower[0].z, upper[0].w, lower[0].w, x[0].z, x[0].w);

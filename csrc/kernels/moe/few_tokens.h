@@ -17,6 +17,7 @@ enum class ExpertFormat {
   kFp8BlockPow2,  // the same with activation scales rounded up to powers of two
   kFp8Token,      // e4m3 with a scale for each row or expert; activations by token
   kFp8Tensor,     // the same; one scale for all activations: the given one, or that of the largest of them
+  kInt8Token,     // as kFp8Token in int8
 };
 
 struct FewTokensMoeParams {
@@ -33,14 +34,14 @@ struct FewTokensMoeParams {
   const void* topk_ids;      // [num_tokens, top_k], int32 or int64
   const int32_t* expert_map; // topk_ids' experts to those here or -1, [num_global_experts]; null: they are those here
   void* hidden;              // bf16 [num_tokens, top_k, intermediate_size], written and read
-  void* maxima;              // kFp8Token, kFp8Tensor: bf16 [num_tokens, top_k, intermediate_size / 8], likewise
+  void* maxima;              // scales of tokens or tensors: bf16 [num_tokens, top_k, intermediate_size / 8], likewise
   void* out;                 // bf16 [num_tokens, hidden_size]
   int32_t num_tokens, top_k, num_experts, num_global_experts;
   int32_t hidden_size, intermediate_size;  // multiples of 128 bytes of weights
   int64_t x_stride, out_stride;            // elements
   bool ids_are_int64;
   bool up_first;  // w13's rows begin with those of the factor that has no activation function
-  bool row_scales;  // kFp8Token, kFp8Tensor: w13_scale and w2_scale have one for each row, not for each expert
+  bool row_scales;  // with scales of tokens or tensors: w13_scale and w2_scale have one for each row, not for each expert
   ExpertFormat format;
   bool pdl;       // launch the first kernel with programmatic stream serialization
 };

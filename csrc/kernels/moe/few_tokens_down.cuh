@@ -171,8 +171,9 @@ __global__ void __maxnreg__(kRegisters) down_kernel(const __grid_constant__ FewT
           if constexpr (F::kBlocks) {
             s = x.quantize(destination, place, place < places);
           } else if (place < places) {
-            s = given ? *p.hidden_scale : x.scale_of(maxima[F::kTokens ? kTeams + place : team]);
-            x.quantize(destination, place, s);
+            const uint32_t largest = maxima[F::kTokens ? kTeams + place : team];
+            s = x.scale_of(largest, p.hidden_scale);
+            x.quantize(destination, place, largest, p.hidden_scale);
           }
           if (quad == 0 && place < places) x_scales[place % kSlots] = s * assignments.weight(place);
           ready += 8;

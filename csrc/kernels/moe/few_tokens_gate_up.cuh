@@ -201,13 +201,6 @@ __global__ void __maxnreg__(Format<kScales>::kRows ? 128 : kRegisters) gate_up_k
     }
     sync_threads(1, kGateUpThreads);
   }
-  auto x_scale = [&](int token) {
-    if constexpr (F::kTokens) {
-      return x[0].scale_of(x_maxima[token]);
-    } else if constexpr (F::kRows) {
-      return p.x_scale != nullptr ? *p.x_scale : x[0].scale_of(x_maxima[0]);
-    }
-  };
   do {
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
@@ -218,7 +211,7 @@ __global__ void __maxnreg__(Format<kScales>::kRows ? 128 : kRegisters) gate_up_k
         if (quad == 0 && p_i < pairs) scales[p_i] = s;
       } else if (p_i < pairs) {
         if constexpr (F::kRows) {
-          x[i].quantize(destination, token, x_scale(token));
+          x[i].quantize(destination, token, x_maxima[F::kTokens ? token : 0], p.x_scale);
         } else {
           x[i].store(destination, token);
         }
@@ -242,7 +235,7 @@ __global__ void __maxnreg__(Format<kScales>::kRows ? 128 : kRegisters) gate_up_k
     for (int i = 0; i < 2; ++i) {
       const int column = min(8 * set + 2 * quad + i, last);
       column_scales[set][i] = scales + member * p.num_tokens + column;
-      if constexpr (F::kRows) row_scales[set][i] = x_scale(column);
+      if constexpr (F::kRows) row_scales[set][i] = x[0].scale_of(x_maxima[F::kTokens ? column : 0], p.x_scale);
     }
   }
   auto other_half = [&](int set) {
@@ -259,7 +252,7 @@ __global__ void __maxnreg__(Format<kScales>::kRows ? 128 : kRegisters) gate_up_k
     const auto scale = next_scale;
     for (int i = 0; i < teams; ++i) at.advance(expert_tiles);
     next_scale = scale_of(at);
-    float sum[kSets][4] = {}, other[kSets][4] = {};
+    Sum<Value> sum[kSets][4] = {}, other[kSets][4] = {};
     int mine = 0;  // of the warp's blocks
 #pragma unroll 1
     for (int chunk = 0; chunk < rows.chunks; ++chunk) {
