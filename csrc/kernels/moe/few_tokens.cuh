@@ -1,7 +1,7 @@
 #pragma once
 
-#include "../common/bulk_copy.cuh"
 #include "../common/launch.cuh"
+#include "../common/ring.cuh"
 #include "../quant/quantizers.cuh"
 #include "assignments.cuh"
 #include "few_tokens.h"
@@ -19,8 +19,6 @@ constexpr int kBlockBytes = 128;   // of a row, that a warp takes at once
 constexpr int kTileTokens = 8;     // columns of an mma
 constexpr float kEps = 1e-10f;
 constexpr int kTeams = 2;  // of the warps that multiply
-// Of a thread, for the 18 warps that rows of w2 of 1024 and more bytes take.
-constexpr int kRegisters = 96;
 
 using Fp8 = __nv_fp8_e4m3;
 using Bf16 = __nv_bfloat16;
@@ -61,38 +59,25 @@ struct RowChunks {
   __host__ __device__ int stage_bytes() const { return kRows * kBlockBytes * largest(); }
 };
 
-// Buffers of 16 rows by a chunk in shared memory, filled in turn by one thread and emptied by others.
-struct Ring {
-  uint32_t data, barriers;
-  int stages, stage_bytes;
-  int slot = 0;
-  uint32_t parity = 0;
+// What a thread asks for, buffer by buffer of a ring: no more than kAhead are on their way. More take no less time and
+// keep others' requests waiting.
+constexpr int kAhead = 2;
 
-  static __host__ __device__ constexpr int barrier_bytes(int stages) { return 16 * stages; }
-  __device__ __forceinline__ uint32_t full(int i) const { return barriers + 16 * i; }
-  __device__ __forceinline__ uint32_t empty(int i) const { return barriers + 16 * i + 8; }
+struct WeightStream {
+  Ring ring;
+  Ring arrived = ring;  // kAhead buffers behind
+  int fetched = 0;
+  uint64_t policy = evict_first_policy();
 
-  // One thread; the block's barrier follows. releases: of a buffer, before it is filled again.
-  __device__ __forceinline__ void init(int releases) const {
-    for (int i = 0; i < stages; ++i) {
-      barrier_init(full(i), 1);
-      barrier_init(empty(i), releases);
+  __device__ explicit WeightStream(const Ring& ring) : ring(ring) {}
+  // Of 16 rows of `pitch` bytes, `bytes` from `column` on. `upper` and `lower`: the first of eight rows each.
+  __device__ __forceinline__ void fetch(const uint8_t* upper, const uint8_t* lower, int column, int bytes, int pitch) {
+    if (fetched++ >= kAhead && ring.stages >= kAhead) {
+      barrier_wait(arrived.full(arrived.slot), arrived.parity);
+      arrived.advance();
     }
-    barrier_init_fence();
-  }
-  __device__ __forceinline__ void advance() {
-    if (++slot == stages) slot = 0, parity ^= 1;
-  }
-  // By `buffers`, no more than there are.
-  __device__ __forceinline__ void advance(int buffers) {
-    slot += buffers;
-    if (slot >= stages) slot -= stages, parity ^= 1;
-  }
-  // `upper` and `lower`: the first of eight rows each, of `pitch` bytes, of which `bytes` from `column` on are fetched.
-  __device__ __forceinline__ void fetch(const uint8_t* upper, const uint8_t* lower, int column, int bytes, int pitch,
-                                        uint64_t policy) {
-    barrier_wait(empty(slot), parity ^ 1);
-    const uint32_t barrier = full(slot), to = data + slot * stage_bytes;
+    ring.wait_empty();
+    const uint32_t barrier = ring.full(ring.slot), to = ring.data + ring.slot * ring.stage_bytes;
     barrier_expect(barrier, kRows * bytes);
     if (bytes == pitch) {
       bulk_copy(to, upper, kRows / 2 * bytes, barrier, policy);
@@ -104,16 +89,8 @@ struct Ring {
         bulk_copy(to + (i + kRows / 2) * bytes, lower + int64_t{i} * pitch + column, bytes, barrier, policy);
       }
     }
-    advance();
+    ring.advance();
   }
-  // The address of the current buffer, once it is full. The whole warp calls it.
-  __device__ __forceinline__ uint32_t wait() const {
-    barrier_wait(full(slot), parity);
-    __syncwarp();
-    return data + slot * stage_bytes;
-  }
-  // After the last read of the current buffer.
-  __device__ __forceinline__ void release() const { barrier_arrive(empty(slot)); }
 };
 
 // Activations in shared memory: 128 bytes for each block of a row, its halves swapped in every other row, so that the
@@ -279,10 +256,5 @@ struct WeightBlock {
     mma<Value>(other, upper[1].z, lower[1].z, upper[1].w, lower[1].w, x[1].z, x[1].w);
   }
 };
-
-// A barrier of some of a block's threads; 0 is the whole block's.
-__device__ __forceinline__ void sync_threads(int barrier, int threads) {
-  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
-}
 
 }  // namespace vllm_b200

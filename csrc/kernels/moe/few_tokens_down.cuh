@@ -4,6 +4,9 @@
 
 namespace vllm_b200 {
 
+// Of a thread, for the 18 warps that rows of w2 of 1024 and more bytes take.
+constexpr int kDownRegisters = 96;
+
 // Each warp of a team has Format::kWarpBlocks blocks of a chunk.
 template <Scales kScales>
 struct DownRows : RowChunks<8 * Format<kScales>::kWarpBlocks> {
@@ -60,7 +63,7 @@ __device__ __forceinline__ uint32_t largest_of(const FewTokensMoeParams& p, int 
 // their order, so that a row's sum runs in one order whatever else is in the batch. It starts where blocks of
 // gate_up_kernel have ended, and fetches its first weights.
 template <Scales kScales, int kSets>
-__global__ void __maxnreg__(kRegisters) down_kernel(const __grid_constant__ FewTokensMoeParams p, int stages) {
+__global__ void __maxnreg__(kDownRegisters) down_kernel(const __grid_constant__ FewTokensMoeParams p, int stages) {
   using F = Format<kScales>;
   using Value = typename F::Value;
   using Layout = DownLayout<kScales>;
@@ -77,7 +80,7 @@ __global__ void __maxnreg__(kRegisters) down_kernel(const __grid_constant__ FewT
   Assignments assignments(shared + layout.assignments, p);
   float* const w_scales = reinterpret_cast<float*>(shared + layout.w_scales);
   uint32_t* const maxima = reinterpret_cast<uint32_t*>(shared + layout.maxima);  // of both teams, then of places
-  if (warp >= warps && lane == 0) ring.init(team_warps);
+  if (warp >= warps && lane == 0) ring.init(32 * team_warps);
   if (F::kRows && threadIdx.x < kTeams) maxima[threadIdx.x] = 0;
   assignments.clear(p);
   __syncthreads();
@@ -90,7 +93,7 @@ __global__ void __maxnreg__(kRegisters) down_kernel(const __grid_constant__ FewT
 
   if (warp >= warps) {
     if (!elect_lane()) return;
-    const uint64_t policy = evict_first_policy();
+    WeightStream weights(ring);
     const int pitch = p.intermediate_size * sizeof(Value);
 #pragma unroll 1
     for (int chunk = 0; chunk < rows.chunks; ++chunk) {
@@ -98,8 +101,8 @@ __global__ void __maxnreg__(kRegisters) down_kernel(const __grid_constant__ FewT
       for (int i = begin; i < end; ++i) {
         const uint8_t* const first =
             static_cast<const uint8_t*>(p.w2) + (int64_t{assignments[i].expert} * p.hidden_size + row) * pitch;
-        ring.fetch(first, first + int64_t{kRows / 2} * pitch, chunk * rows.largest() * kBlockBytes,
-                   rows.blocks_of(chunk) * kBlockBytes, pitch, policy);
+        weights.fetch(first, first + int64_t{kRows / 2} * pitch, chunk * rows.largest() * kBlockBytes,
+                      rows.blocks_of(chunk) * kBlockBytes, pitch);
       }
     }
     return;
@@ -206,9 +209,9 @@ __global__ void __maxnreg__(kRegisters) down_kernel(const __grid_constant__ FewT
             if (entry.has(8 * set + 2 * quad + 1)) sum[set][1] += product[1] * x1, sum[set][3] += product[3] * x1;
           }
         }
-        __syncwarp();
-        if (lane == 0) ring.release();
+        ring.release();
         ring.advance();
+        __syncwarp();  // before others' activations come to the same places
       }
     }
   } else {
@@ -254,8 +257,7 @@ __global__ void __maxnreg__(kRegisters) down_kernel(const __grid_constant__ FewT
             w.add_product(product[set], other[set], x[set][i]);
           }
         }
-        __syncwarp();
-        if (lane == 0) ring.release();
+        ring.release();
         ring.advance();
         if (at + 1 < end) load_x(assignments[at + 1]);
 #pragma unroll

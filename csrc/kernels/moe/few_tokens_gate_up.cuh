@@ -6,6 +6,7 @@ namespace vllm_b200 {
 
 constexpr int kGateUpWarps = 8;  // besides the one that fetches
 constexpr int kGateUpThreads = 32 * kGateUpWarps;
+constexpr int kGateUpRegisters = 128;  // no format needs more
 constexpr int kTeamWarps = kGateUpWarps / kTeams, kTeamThreads = 32 * kTeamWarps;
 using GateUpRows = RowChunks<16>;
 
@@ -94,7 +95,7 @@ struct TileScales<kScales> {
 // A tile is 8 rows of the gate and the 8 of the other half that belong to the same columns, so that a lane holds both
 // factors of silu(gate) * up, which it writes to `hidden`, by places (see Entry).
 template <Scales kScales, int kSets>
-__global__ void __maxnreg__(Format<kScales>::kRows ? 128 : kRegisters) gate_up_kernel(const __grid_constant__ FewTokensMoeParams p, int stages) {
+__global__ void __maxnreg__(kGateUpRegisters) gate_up_kernel(const __grid_constant__ FewTokensMoeParams p, int stages) {
   using F = Format<kScales>;
   using Value = typename F::Value;
   constexpr int kBatch = (F::kQuantised ? 2 : 4) * kSets;  // blocks of x that a lane loads at once
@@ -107,7 +108,7 @@ __global__ void __maxnreg__(Format<kScales>::kRows ? 128 : kRegisters) gate_up_k
   float* const scales = reinterpret_cast<float*>(shared + layout.scales);
   uint32_t* const x_maxima = reinterpret_cast<uint32_t*>(scales);  // of rows
   uint32_t* const maxima = reinterpret_cast<uint32_t*>(shared + layout.maxima);  // of what goes to places of `hidden`
-  if (threadIdx.x == 0) ring.init(1);
+  if (threadIdx.x == 0) ring.init(kTeamThreads);
   if constexpr (F::kRows) {
     for (int i = threadIdx.x; i < p.num_tokens * (1 + p.top_k); i += blockDim.x) x_maxima[i] = 0;  // of both
   }
@@ -146,7 +147,7 @@ __global__ void __maxnreg__(Format<kScales>::kRows ? 128 : kRegisters) gate_up_k
 
   if (warp == kGateUpWarps) {
     if (!elect_lane()) return;
-    const uint64_t policy = evict_first_policy();
+    WeightStream weights(ring);
     const int pitch = p.hidden_size * sizeof(Value);
     const int64_t half = int64_t{p.intermediate_size} * pitch;
 #pragma unroll 1
@@ -155,8 +156,8 @@ __global__ void __maxnreg__(Format<kScales>::kRows ? 128 : kRegisters) gate_up_k
                                    int64_t{at.column_tile} * (kRows / 2) * pitch;
 #pragma unroll 1
       for (int chunk = 0; chunk < rows.chunks; ++chunk) {
-        ring.fetch(first + (p.up_first ? half : 0), first + (p.up_first ? 0 : half),
-                   chunk * rows.largest() * kBlockBytes, rows.blocks_of(chunk) * kBlockBytes, pitch, policy);
+        weights.fetch(first + (p.up_first ? half : 0), first + (p.up_first ? 0 : half),
+                      chunk * rows.largest() * kBlockBytes, rows.blocks_of(chunk) * kBlockBytes, pitch);
       }
     }
     return;
@@ -285,11 +286,8 @@ __global__ void __maxnreg__(Format<kScales>::kRows ? 128 : kRegisters) gate_up_k
           }
         }
       }
-      if (chunk + 1 < rows.chunks) {
-        sync_threads(1 + team, kTeamThreads);
-        if (member == 0 && lane == 0) ring.release();
-        ring.advance();
-      }
+      ring.release();
+      if (chunk + 1 < rows.chunks) ring.advance();
     }
     float4* const tile_partials = partials + turn % 2 * kSets * kTeamThreads;
 #pragma unroll
@@ -304,7 +302,6 @@ __global__ void __maxnreg__(Format<kScales>::kRows ? 128 : kRegisters) gate_up_k
     sync_threads(1 + team, kTeamThreads);
     // The members take turns to add up; the others go on with the next tile.
     if (member == turn % kTeamWarps) {
-      if (lane == 0) ring.release();
       const Entry entry = assignments[current.entry];
       Bf16* const hidden = static_cast<Bf16*>(p.hidden) + current.column_tile * (kRows / 2) + group;
 #pragma unroll
