@@ -25,6 +25,8 @@ KEYS = dict(token=(keys.kFp8StaticChannelSym, keys.kFp8DynamicTokenSym),
     tensor=(keys.kFp8StaticTensorSym, keys.kFp8DynamicTensorSym),
     given=(keys.kFp8StaticTensorSym, keys.kFp8StaticTensorSym))
 
+dispatch.FEW_TOKENS_MOE["int8_token"] = 16  # until it is measured
+
 def kernel(kind, moe=None, scales=None):
     moe = moe or layer()
     with config():
@@ -78,9 +80,11 @@ picks["odd scales"] = name("token", scales=(torch.ones(E, 4), torch.ones(E, 4)))
 picks["LoRA"] = name("bf16", layer(is_lora_enabled=True))
 picks["gelu"] = name("bf16", layer(activation=MoEActivation.GELU))
 picks["odd size"] = name("bf16", layer(intermediate_size=96))
+from vllm_b200_plugin.integration import moe_few_tokens as ours
+beside_flashinfer = ours.refusal(layer(), FusedMoEQuantConfig.make(), up_first=True)
 offered = [cls.__name__ for cls in unquantized.backend_to_kernel_cls(unquantized.UnquantizedMoeBackend.BATCHED_TRITON)]
 checks = {kind: check(kind) for kind in FORMATS}
-print(json.dumps([picks, lines, plugin.results(), offered, checks, torch.cuda.is_initialized()]))
+print(json.dumps([picks, lines, plugin.results(), offered, checks, beside_flashinfer, torch.cuda.is_initialized()]))
 """
 FEATURES = "fp8_moe_few_tokens,int8_moe_few_tokens,bf16_moe_few_tokens"
 # What vLLM chooses for each.
@@ -89,7 +93,7 @@ QUANTISED = {"bf16": ["torch.bfloat16", True], "int8": ["torch.int8", False]}
 
 
 def test_with_the_features_ours_take_few_tokens():
-    picks, lines, results, offered, checks, cuda = answer(
+    picks, lines, results, offered, checks, beside_flashinfer, cuda = answer(
         CODE.format(capability=(9, 0), body=BODY), VLLM_B200_STRICT="1", VLLM_B200_ENABLE=FEATURES
     )
     assert all(results[name] == "applied" for name in FEATURES.split(",")) and not cuda
@@ -97,6 +101,7 @@ def test_with_the_features_ours_take_few_tokens():
     assert picks["odd scales"] == THEIRS["token"]
     for refused in ("LoRA", "gelu", "odd size"):
         assert picks[refused] == "TritonExperts", refused
+    assert "FlashInfer" in beside_flashinfer
     assert offered == ["BatchedTritonExperts"]
     for reason in ("scales of the shapes", "LoRA", "silu without a limit", "multiples of 64"):
         assert any(reason in line for line in lines), reason

@@ -42,7 +42,7 @@ class B200FewTokensExperts:
     quant_config: Any
 
     def __new__(cls, moe_config: Any, quant_config: Any, *args: Any, **kwargs: Any) -> Any:
-        if reason := refusal(moe_config, quant_config):
+        if reason := refusal(moe_config, quant_config, cls.up_first):
             report.chosen(_layer_kind(format_of(quant_config)), cls.theirs.__name__, f"vLLM's own: {reason}")
             return cls.theirs(moe_config, quant_config, *args, **kwargs)
         return super().__new__(cls)
@@ -226,11 +226,11 @@ def _weight_scales(quant_config: Any, format: ExpertFormat) -> tuple[torch.Tenso
     return tuple(s.squeeze(-1) if s.dim() > 1 else s for s in (w1_scale, w2_scale))
 
 
-def refusal(moe_config: Any, quant_config: Any) -> str | None:
-    """Why our kernels cannot do a layer, or None where they can."""
+def refusal(moe_config: Any, quant_config: Any, up_first: bool = False) -> str | None:
+    """Why our kernels cannot do a layer, or None where they can. up_first: as of the class."""
     topk, num_experts, hidden_size, intermediate_size = _sizes(moe_config)
     format = format_of(quant_config)
-    if reason := _config_refusal(moe_config, format):
+    if reason := _config_refusal(moe_config, format, up_first):
         return reason
     assert format is not None
     if quant_config.gemm1_clamp_limit is not None:
@@ -252,7 +252,7 @@ def refusal(moe_config: Any, quant_config: Any) -> str | None:
     return few_tokens_refusal(_limit(moe_config, format) * topk, num_experts, hidden_size, intermediate_size, format)
 
 
-def _config_refusal(moe_config: Any, format: ExpertFormat | None) -> str | None:
+def _config_refusal(moe_config: Any, format: ExpertFormat | None, up_first: bool) -> str | None:
     """The part of refusal() that is known before the weights are."""
     parallel = moe_config.moe_parallel_config
     activation = getattr(moe_config.activation, "value", moe_config.activation)
@@ -264,6 +264,8 @@ def _config_refusal(moe_config: Any, format: ExpertFormat | None) -> str | None:
         return "ours need bfloat16, or 8 bits with scales of blocks of 128x128, of channels or of experts"
     if format not in _applied:
         return f"the feature for {format.name} is off"
+    if up_first and not format.has_blocks:
+        return f"ours were not measured beside FlashInfer's experts in {format.name}"
     if moe_config.in_dtype != torch.bfloat16:
         return f"ours need bfloat16 activations, got {moe_config.in_dtype}"
     if activation != "silu" or moe_config.swiglu_limit is not None:
@@ -285,7 +287,7 @@ def choice(layer: Any, num_tokens: int) -> dispatch.Choice | None:
     if not (isinstance(experts, type) and issubclass(experts, B200FewTokensExperts)):
         return None
     format = _format_before_loading(method)
-    reason = _config_refusal(method.moe, format)
+    reason = _config_refusal(method.moe, format, experts.up_first)
     if reason is None:
         few = dispatch.few_tokens_moe(
             num_tokens, *_sizes(method.moe), vllm_compat.capability() or (0, 0), _name(format)
