@@ -23,8 +23,8 @@ constexpr int kTeams = 2;  // of the warps that multiply
 using Fp8 = __nv_fp8_e4m3;
 using Bf16 = __nv_bfloat16;
 
-// What the scales of e4m3 weights and activations are for; kNone: both are bf16; kInt8Tokens: both are int8. A tensor of
-// weights is one expert's, and has rows of equal scales.
+// What the scales of e4m3 weights and activations are for; kNone: both are bf16; kInt8Tokens: both are int8. A tensor
+// of weights is one expert's, and has rows of equal scales.
 enum class Scales { kNone, kBlocks, kPow2Blocks, kTokens, kTensors, kInt8Tokens };
 
 template <Scales kScales>
@@ -32,7 +32,7 @@ struct Format {
   static constexpr bool kBlocks = kScales == Scales::kBlocks || kScales == Scales::kPow2Blocks;
   static constexpr bool kInt8 = kScales == Scales::kInt8Tokens;
   static constexpr bool kTokens = kScales == Scales::kTokens || kInt8;
-  static constexpr bool kRows = kTokens || kScales == Scales::kTensors;  // one scale along all of a product
+  static constexpr bool kRowScales = kTokens || kScales == Scales::kTensors;  // one scale along all of a product
   static constexpr bool kQuantised = kScales != Scales::kNone;
   using Value = std::conditional_t<kInt8, int8_t, std::conditional_t<kQuantised, Fp8, Bf16>>;
   static constexpr int kBlock = kBlockBytes / sizeof(Value);  // columns

@@ -41,7 +41,7 @@ struct FewTokensMoeParams {
   int64_t x_stride, out_stride;            // elements
   bool ids_are_int64;
   bool up_first;  // w13's rows begin with those of the factor that has no activation function
-  bool row_scales;  // with scales of tokens or tensors: w13_scale and w2_scale have one for each row, not for each expert
+  bool row_scales;  // scales of tokens or tensors: those of w13 and w2 are for each row, not for each expert
   ExpertFormat format;
   bool pdl;       // launch the first kernel with programmatic stream serialization
 };

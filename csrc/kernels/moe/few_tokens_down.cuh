@@ -34,9 +34,9 @@ struct DownLayout {
     const int places = F::kQuantised ? slots(sets) * warps : 0;
     assignments = kTeams * Ring::barrier_bytes(stages);
     w_scales = round_up(assignments + Assignments::bytes(p), 16);
-    x_scales = w_scales + 4 * entries * (F::kBlocks ? rows.largest() : F::kRows ? kRows : 0);
+    x_scales = w_scales + 4 * entries * (F::kBlocks ? rows.largest() : F::kRowScales ? kRows : 0);
     maxima = x_scales + 4 * places;
-    activations = round_up(maxima + (F::kRows ? 4 * (count + kTeams) : 0), 16);
+    activations = round_up(maxima + (F::kRowScales ? 4 * (count + kTeams) : 0), 16);
     ring = round_up(activations + (F::kQuantised ? kBlockBytes * places : 512 * sets * warps), 128);
     end = ring + kTeams * stages * rows.stage_bytes();
   }
@@ -81,7 +81,7 @@ __global__ void __maxnreg__(kDownRegisters) down_kernel(const __grid_constant__ 
   float* const w_scales = reinterpret_cast<float*>(shared + layout.w_scales);
   uint32_t* const maxima = reinterpret_cast<uint32_t*>(shared + layout.maxima);  // of both teams, then of places
   if (warp >= warps && lane == 0) ring.init(32 * team_warps);
-  if (F::kRows && threadIdx.x < kTeams) maxima[threadIdx.x] = 0;
+  if (F::kRowScales && threadIdx.x < kTeams) maxima[threadIdx.x] = 0;
   assignments.clear(p);
   __syncthreads();
 
@@ -121,7 +121,7 @@ __global__ void __maxnreg__(kDownRegisters) down_kernel(const __grid_constant__ 
       const bool works = member < rows.blocks_of(chunk);
       const uint32_t own_weights = member * kBlockBytes + WeightBlock<Value>::lane_offset(pitch);
       if (chunk == 0) {
-        if constexpr (F::kRows) {
+        if constexpr (F::kRowScales) {
           for (int i = begin * kRows + 32 * member + lane; i < end * kRows; i += 32 * team_warps) {
             const int64_t expert = assignments[i / kRows].expert;
             w_scales[i] = __ldg(p.w2_scale + (p.row_scales ? expert * p.hidden_size + row + i % kRows : expert));
@@ -201,7 +201,7 @@ __global__ void __maxnreg__(kDownRegisters) down_kernel(const __grid_constant__ 
             const float x0 = __shfl_sync(kFullWarp, scale, 8 * quad), x1 = __shfl_sync(kFullWarp, scale, 8 * quad + 4);
             float product[4];
             w.multiply(product, column);
-            if constexpr (F::kRows) {
+            if constexpr (F::kRowScales) {
               product[0] *= upper_scale, product[1] *= upper_scale;
               product[2] *= lower_scale, product[3] *= lower_scale;
             }

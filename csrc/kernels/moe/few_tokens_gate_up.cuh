@@ -24,7 +24,7 @@ struct GateUpLayout {
     assignments = Ring::barrier_bytes(stages);
     scales = round_up(assignments + Assignments::bytes(p), 16);
     maxima = scales + 4 * (F::kBlocks ? rows.blocks : 1) * p.num_tokens;
-    partials = round_up(maxima + (F::kRows ? 4 * p.num_tokens * p.top_k : 0), 16);
+    partials = round_up(maxima + (F::kRowScales ? 4 * p.num_tokens * p.top_k : 0), 16);
     activations = partials + 2 * kGateUpThreads * 16 * (p.num_tokens > kTileTokens ? 2 : 1);
     ring = round_up(activations + p.num_tokens * rows.blocks * kBlockBytes, 128);
     end = ring + stages * rows.stage_bytes();
@@ -75,7 +75,7 @@ struct TileScales<kScales> {
 
 // x: of the gate's row that the lane's sums are for; y: of the other half's.
 template <Scales kScales>
-  requires Format<kScales>::kRows
+  requires Format<kScales>::kRowScales
 struct TileScales<kScales> {
   using Value = float2;
 
@@ -109,7 +109,7 @@ __global__ void __maxnreg__(kGateUpRegisters) gate_up_kernel(const __grid_consta
   uint32_t* const x_maxima = reinterpret_cast<uint32_t*>(scales);  // of rows
   uint32_t* const maxima = reinterpret_cast<uint32_t*>(shared + layout.maxima);  // of what goes to places of `hidden`
   if (threadIdx.x == 0) ring.init(kTeamThreads);
-  if constexpr (F::kRows) {
+  if constexpr (F::kRowScales) {
     for (int i = threadIdx.x; i < p.num_tokens * (1 + p.top_k); i += blockDim.x) x_maxima[i] = 0;  // of both
   }
   assignments.clear(p);
@@ -182,12 +182,12 @@ __global__ void __maxnreg__(kGateUpRegisters) gate_up_kernel(const __grid_consta
     load_x();
     return true;
   };
-  if (F::kTokens || (F::kRows && p.x_scale == nullptr)) {
+  if (F::kTokens || (F::kRowScales && p.x_scale == nullptr)) {
     do {
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
         const int p_i = pair + 8 * kGateUpWarps * i;
-        if constexpr (F::kRows) {
+        if constexpr (F::kRowScales) {
           uint32_t bits = p_i < pairs ? x[i].maximum() : 0;
           bits = max(bits, __shfl_xor_sync(kFullWarp, bits, 1));
           bits = max(bits, __shfl_xor_sync(kFullWarp, bits, 2));
@@ -211,7 +211,7 @@ __global__ void __maxnreg__(kGateUpRegisters) gate_up_kernel(const __grid_consta
         const float s = x[i].quantize(destination, token, p_i < pairs);
         if (quad == 0 && p_i < pairs) scales[p_i] = s;
       } else if (p_i < pairs) {
-        if constexpr (F::kRows) {
+        if constexpr (F::kRowScales) {
           x[i].quantize(destination, token, x_maxima[F::kTokens ? token : 0], p.x_scale);
         } else {
           x[i].store(destination, token);
@@ -236,7 +236,7 @@ __global__ void __maxnreg__(kGateUpRegisters) gate_up_kernel(const __grid_consta
     for (int i = 0; i < 2; ++i) {
       const int column = min(8 * set + 2 * quad + i, last);
       column_scales[set][i] = scales + member * p.num_tokens + column;
-      if constexpr (F::kRows) row_scales[set][i] = x[0].scale_of(x_maxima[F::kTokens ? column : 0], p.x_scale);
+      if constexpr (F::kRowScales) row_scales[set][i] = x[0].scale_of(x_maxima[F::kTokens ? column : 0], p.x_scale);
     }
   }
   auto other_half = [&](int set) {
@@ -318,13 +318,13 @@ __global__ void __maxnreg__(kGateUpRegisters) gate_up_kernel(const __grid_consta
           const int token = 8 * set + 2 * quad + i;
           if (!entry.has(token)) continue;
           float gate = i == 0 ? total.x : total.y, up = i == 0 ? total.z : total.w;
-          if constexpr (F::kRows) {
+          if constexpr (F::kRowScales) {
             gate = gate * row_scales[set][i] * scale.x;
             up = up * row_scales[set][i] * scale.y;
           }
           const int place = entry.place(token);
           const Bf16 value = __float2bfloat16_rn(silu(rounded(gate)) * rounded(up));
-          if constexpr (F::kRows) {
+          if constexpr (F::kRowScales) {
             const uint32_t bits = __bfloat16_as_ushort(value) & 0x7fff;
             // The scale of a tensor leaves NaN out.
             if (F::kTokens || bits <= 0x7f80) atomicMax(maxima + place, bits);
@@ -336,7 +336,7 @@ __global__ void __maxnreg__(kGateUpRegisters) gate_up_kernel(const __grid_consta
     ring.advance(1 + (teams - 1) * rows.chunks);
   }
 
-  if constexpr (F::kRows) {
+  if constexpr (F::kRowScales) {
     if (!F::kTokens && p.maxima == nullptr) return;
     // Each tile gets the maxima of all of the block's tiles.
     sync_threads(1 + kTeams, teams * kTeamThreads);
