@@ -215,7 +215,7 @@ def test_one_op_for_torch_compile(calls):
         assert torch.equal(compiled(x), layer(x))
     [graph] = graphs
     targets = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
-    assert [name for name in targets if "linear" in name or "mm" in name] == ["vllm_b200.int8_linear"]
+    assert [name for name in targets if "linear" in name or "mm" in name] == ["vllm_b200.scaled_linear"]
     assert calls == ["ours", "ours", "cutlass", "cutlass"]
-    arguments = (x[:3], layer.weight, layer.scale, None, None)
-    torch.library.opcheck(torch.ops.vllm_b200.int8_linear.default, arguments, test_utils=("test_faketensor",))
+    arguments = (x[:3], layer.weight.t(), layer.scale, None, None, BF16)
+    torch.library.opcheck(torch.ops.vllm_b200.scaled_linear.default, arguments, test_utils=("test_faketensor",))

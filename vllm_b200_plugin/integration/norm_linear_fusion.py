@@ -59,7 +59,10 @@ class _Layer:
 
 def _befores() -> Iterator[_Before]:
     for eps in NORM_EPS:
-        for prefix, producer in (("norm", packed_quant_fusion.norm(eps)), ("add_norm", packed_quant_fusion.add_norm(eps))):
+        for prefix, producer in (
+            ("norm", packed_quant_fusion.norm(eps)),
+            ("add_norm", packed_quant_fusion.add_norm(eps)),
+        ):
             yield _Before(prefix, producer.inputs, (eps,), producer.inputs, producer.compute)
     for silu in (packed_quant_fusion.silu_native, packed_quant_fusion.silu_op):
         yield _Before("silu", ("x",), (), ("x",), silu)
