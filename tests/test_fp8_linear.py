@@ -149,7 +149,8 @@ class Layer:
 def assert_close(out, expected):
     assert out.dtype == BF16 and out.shape == expected.shape
     largest = float(expected.abs().max()) if expected.numel() else 0.0
-    torch.testing.assert_close(out.double(), expected, rtol=2.0**-8, atol=1e-5 * largest)
+    atol = (2e-3 if out.is_cuda else 1e-5) * largest  # a GPU's tensor cores add FP8 products in fewer bits than fp32's
+    torch.testing.assert_close(out.double(), expected, rtol=2.0**-8, atol=atol)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -157,7 +157,8 @@ def inductor(case: FusedLinearCase, seed: int) -> Run:
 @functools.cache
 def _compiled(before: str, per_token: bool) -> Callable[..., Any]:
     """For a number of columns, which a model knows; one token and more are compiled apart."""
-    return torch.compile(functools.partial(compose, before, per_token))
+    torch._dynamo.config.recompile_limit = 64  # past it dynamo would run eagerly, unsaid
+    return torch.compile(functools.partial(compose, before, per_token), fullgraph=True)
 
 
 def compose(
@@ -165,7 +166,8 @@ def compose(
     x_scale: torch.Tensor,
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
     """What comes before the GEMM as vLLM writes it for inductor: q, its scale and the sum."""
-    y, rest = x, tuple[torch.Tensor, ...]()
+    y = x
+    rest: tuple[torch.Tensor, ...] = ()
     if before == "norm":
         total = x.float() + residual.float()
         normed = total * torch.rsqrt(total.pow(2).mean(-1, keepdim=True) + NORM_EPS)
