@@ -1,5 +1,5 @@
-"""The fusion of RMSNorm and silu_and_mul with FP8 and INT8 layers behind them, on graphs of vLLM's models: how many
-places are found in each, and what the fused graphs compute."""
+"""The fusion of RMSNorm and silu_and_mul with the FP8 and INT8 layers behind them, on graphs of models of vLLM's: how
+many places are found in each kind of model, what the fused graphs compute, and what stays apart."""
 
 import json
 
@@ -13,7 +13,7 @@ LLAMA = {
     "model_type": "llama",
     "hidden_size": 512,
     "intermediate_size": 1024,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 1,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 128,
@@ -27,81 +27,144 @@ LLAMA = {
 QWEN2 = LLAMA | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "rms_norm_eps": 1e-6}
 
 
-def compressed_tensors(weights, activations):
-    group = {"targets": ["Linear"], "weights": weights, "input_activations": activations}
-    method = {"quant_method": "compressed-tensors", "format": f"{weights['type']}-quantized", "ignore": ["lm_head"]}
-    return method | {"config_groups": {"group_0": group}}
+def compressed_tensors(kind, weights, activations, dynamic):
+    def arguments(strategy, dynamic):
+        return {"num_bits": 8, "type": kind, "symmetric": True, "strategy": strategy, "dynamic": dynamic}
 
-
-def arguments(kind, strategy, dynamic):
-    return {"num_bits": 8, "type": kind, "symmetric": True, "strategy": strategy, "dynamic": dynamic}
+    group = {"weights": arguments(weights, False), "input_activations": arguments(activations, dynamic)}
+    groups = {"group_0": {"targets": ["Linear"], **group}}
+    method = {"quant_method": "compressed-tensors", "format": f"{kind}-quantized", "ignore": ["lm_head"]}
+    return {"quantization_config": method | {"config_groups": groups}}
 
 
 MODELS = {
     "static": LLAMA | {"quantization_config": {"quant_method": "fp8", "activation_scheme": "static"}},
-    "dynamic": LLAMA | {"quantization_config": {"quant_method": "fp8", "activation_scheme": "dynamic"}},
-    "compressed static": LLAMA
-    | {
-        "quantization_config": compressed_tensors(
-            arguments("float", "tensor", False), arguments("float", "tensor", False)
-        )
-    },
-    "compressed dynamic, bias": QWEN2
-    | {
-        "quantization_config": compressed_tensors(
-            arguments("float", "channel", False), arguments("float", "token", True)
-        )
-    },
-    "int8": LLAMA
-    | {"quantization_config": compressed_tensors(arguments("int", "channel", False), arguments("int", "token", True))},
+    "compressed static": LLAMA | compressed_tensors("float", "tensor", "tensor", False),
+    "compressed dynamic, bias": QWEN2 | compressed_tensors("float", "channel", "token", True),
+    "int8": LLAMA | compressed_tensors("int", "channel", "token", True),
 }
 
 CODE = """
-import collections, json, os, sys
+import collections, json, os
 import torch
 from fake_cuda import pretend
 pretend((9, 0))
 import fake_compile
 from vllm import plugins
 plugins.load_general_plugins()
-from vllm_b200_plugin import dispatch, features
+from vllm_b200_plugin import dispatch, plugin, vllm_compat
+
 cut = ((32, (1, 8, 1, 0), False),)
-shapes = {(1024, 512): cut, (512, 512): cut, (2048, 512): cut, (512, 1024): cut}
+shapes = {(1024, 512): cut, (512, 512): cut, (2048, 512): cut, (512, 1024): cut, (64, 512): cut}
 dispatch.TABLE = {((9, 0), "fp8"): shapes, ((9, 0), "int8"): shapes}
-models = json.loads(sys.stdin.read())
-prepared = False
+folders = FOLDERS
+configs = {name: fake_compile.engine_config(folder) for name, folder in folders.items()}
+fake_compile.prepare()
+import vllm.ir.ops as ir
+from vllm_b200_plugin.integration.norm_linear_fusion import NormLinearFusion
+
+# On a CPU ours stand for vLLM's.
 vllm_ops = torch.library.Library("_C", "FRAGMENT")
-vllm_ops.impl(
-    "static_scaled_fp8_quant",
-    lambda q, x, scale, group_shape=None: torch.ops.vllm_b200.per_tensor_quant(x, q, scale, None),
-    "CPU",
-)
-answers = {}
-ids = torch.zeros(16, dtype=torch.long)
+ours = torch.ops.vllm_b200
+vllm_ops.impl("static_scaled_fp8_quant", lambda q, x, scale, shape=None: ours.per_tensor_quant(x, q, scale, None), "CPU")
+vllm_ops.impl("silu_and_mul_quant", lambda q, x, scale: ours.gated_tensor_quant(x, q, scale, 0, 0.0, 1.0, 0.0), "CPU")
+
 OPS = ("norm_scaled_linear", "add_norm_scaled_linear", "silu_scaled_linear", "scaled_linear")
-for name, folder in models.items():
-    config = fake_compile.engine_config(folder)
-    if not prepared:
-        fake_compile.prepare()
-        prepared = True
-    from vllm_b200_plugin.integration.norm_linear_fusion import NormLinearFusion
-    compiler = fake_compile.Compiler(config)
+def count(graph):
+    ops = collections.Counter(str(n.target).split(".")[1] for n in graph.nodes if ".default" in str(n.target))
     fusion = [p for p in compiler.passes.passes if isinstance(p, NormLinearFusion)]
-    built = fake_compile.model(config)
-    for layer in built.modules():
-        if getattr(getattr(layer, "quant_method", None), "apply", None) and hasattr(layer, "weight_scale"):
+    return [fusion[0].matched_count if fusion else None, *[ops[op] for op in OPS]]
+
+answers = {"models": {}}
+ids = torch.zeros(16, dtype=torch.long)
+for name, config in configs.items():
+    compiler = fake_compile.Compiler(config)
+    model = fake_compile.model(config)
+    for layer in model.modules():
+        if hasattr(layer, "weight_scale"):
             for parameter in layer.parameters(recurse=False):
                 parameter.data.copy_(torch.ones(parameter.shape))
             layer.quant_method.process_weights_after_loading(layer)
-    graph, _ = compiler.optimised(built.model.forward, (ids, ids, None, None))
-    ops = collections.Counter(str(n.target).split(".")[1] for n in graph.nodes if ".default" in str(n.target))
-    answers[name] = [fusion[0].matched_count if fusion else None, *[ops[op] for op in OPS]]
-    if os.environ.get("SHOW") == name: print(graph, file=sys.stderr)
+    graph, _ = compiler.optimised(model.model.forward, (ids, ids, None, None))
+    answers["models"][name] = count(graph)
+
+# What the fused graphs compute.
+torch.set_default_dtype(torch.float32)
+generator = torch.Generator().manual_seed(0)
+def normal(*shape):
+    return torch.randn(shape, generator=generator).bfloat16()
+norm_weight, weight, scale = normal(512), normal(64, 512).to(torch.float8_e4m3fn).t(), torch.rand(64, 1)
+int8_weight, x_scale, other, bias = (weight.float() * 20).to(torch.int8), torch.tensor(1 / 32), torch.ones(()), normal(64)
+int8_weight = int8_weight.t().contiguous().t()
+bf16 = torch.bfloat16
+def layers(x, residual, wide, norm_weight):
+    y, total = ir.fused_add_rms_norm(x, residual, norm_weight, 1e-6)
+    hoisted = torch.empty(wide.shape[0], 512, dtype=torch.float8_e4m3fn)
+    torch.ops._C.silu_and_mul_quant(hoisted, wide, x_scale)
+    return (
+        ours.scaled_linear(y, weight, scale, x_scale, bias, bf16), total,
+        ours.scaled_linear(ir.rms_norm(x, norm_weight, 1e-5), int8_weight, scale, None, None, bf16),
+        ours.scaled_linear(torch.nn.functional.silu(wide[:, :512]) * wide[:, 512:], weight, scale, None, bias, bf16),
+        ours.scaled_linear(hoisted, weight, scale, x_scale, None, bf16),
+    )
+inputs = normal(6, 512), normal(6, 512), normal(6, 1024), norm_weight
+expected, kept = layers(*inputs), inputs[1].clone()
+graph, actual = compiler.optimised(layers, inputs, run=True)
+errors = [float((a.float() - b.float()).abs().mean() / b.float().abs().mean()) for a, b in zip(actual, expected)]
+answers["computed"] = [count(graph), torch.equal(kept, inputs[1]), errors]
+
+def linear(y):
+    return ours.scaled_linear(y, weight, scale, None, None, bf16)
+def others_read(x, wide):
+    y = ir.rms_norm(x, norm_weight, 1e-6)
+    return linear(y), y
+def another_scale(x, wide):
+    q = torch.empty(wide.shape[0], 512, dtype=torch.float8_e4m3fn)
+    torch.ops._C.silu_and_mul_quant(q, wide, other)
+    return ours.scaled_linear(q, weight, scale, x_scale, None, bf16)
+wide_weight = norm_weight.float()
+apart = {
+    "others read": others_read,
+    "another scale": another_scale,
+    "another type of weight": lambda x, wide: linear(ir.rms_norm(x, wide_weight, 1e-6)),
+    "epsilon": lambda x, wide: linear(ir.rms_norm(x, norm_weight, 3e-6)),
+    "up before gate": lambda x, wide: linear(wide[:, :512] * torch.nn.functional.silu(wide[:, 512:])),
+    "another activation": lambda x, wide: linear(torch.nn.functional.gelu(wide[:, :512]) * wide[:, 512:]),
+    "another dtype": lambda x, wide: ours.scaled_linear(
+        ir.rms_norm(x, norm_weight, 1e-6), weight, scale, None, None, torch.float16),
+}
+answers["apart"] = {}
+for name, function in apart.items():
+    graph, _ = compiler.optimised(function, (normal(6, 512), normal(6, 1024)))
+    answers["apart"][name] = count(graph)[0]
+answers["results"] = plugin.results()
 print(json.dumps(answers))
 """
 
 
-def test_counts(tmp_path):
-    for index, (name, config) in enumerate(MODELS.items()):
-        (tmp_path / str(index)).mkdir()
-        (tmp_path / str(index) / "config.json").write_text(json.dumps(config))
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    folders = {name: str(tmp_path_factory.mktemp("model")) for name in MODELS}
+    for name, folder in folders.items():
+        with open(f"{folder}/config.json", "w") as file:
+            json.dump(MODELS[name], file)
+    environment = {"VLLM_B200_ENABLE": "norm_linear_fusion,int8_linear", "VLLM_B200_STRICT": "1", "HF_HUB_OFFLINE": "1"}
+    return answer(CODE.replace("FOLDERS", json.dumps(folders)), **environment)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_every_place_in_a_model_is_found(found, model):
+    """Those behind both norms and behind the activation; left is the one behind attention."""
+    assert found["results"]["norm_linear_fusion"] == "applied"
+    # matched; norm, norm with residual, activation; left
+    assert found["models"][model] == [3, 1, 1, 1, 1]
+
+
+def test_the_fused_graph_computes_the_same(found):
+    counts, kept, errors = found["computed"]
+    assert counts == [4, 1, 1, 2, 0]
+    assert kept and max(errors) < 2e-2
+
+
+def test_what_stays_apart(found):
+    assert found["apart"] == dict.fromkeys(found["apart"], 0)

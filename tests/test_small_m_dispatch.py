@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vllm_b200_plugin import dispatch, small_m_table, vllm_compat
+from vllm_b200_plugin import dispatch, small_m_table
 from vllm_b200_plugin.integration import fp8_block_op, library, linear_bf16
 from vllm_b200_plugin.integration.fp8_block_op import Engine, Machine, fp8_block_linear
 from vllm_b200_plugin.ops import small_m_gemm
