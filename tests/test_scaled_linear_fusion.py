@@ -66,8 +66,12 @@ from vllm_b200_plugin.integration.norm_linear_fusion import NormLinearFusion
 # On a CPU ours stand for vLLM's.
 vllm_ops = torch.library.Library("_C", "FRAGMENT")
 ours = torch.ops.vllm_b200
-vllm_ops.impl("static_scaled_fp8_quant", lambda q, x, scale, shape=None: ours.per_tensor_quant(x, q, scale, None), "CPU")
-vllm_ops.impl("silu_and_mul_quant", lambda q, x, scale: ours.gated_tensor_quant(x, q, scale, 0, 0.0, 1.0, 0.0), "CPU")
+def static_scaled_fp8_quant(q, x, scale, group_shape=None):
+    ours.per_tensor_quant(x, q, scale, None)
+def silu_and_mul_quant(q, x, scale):
+    ours.gated_tensor_quant(x, q, scale, 0, 0.0, 1.0, 0.0)
+for function in (static_scaled_fp8_quant, silu_and_mul_quant):
+    vllm_ops.impl(function.__name__, function, "CPU")
 
 OPS = ("norm_scaled_linear", "add_norm_scaled_linear", "silu_scaled_linear", "scaled_linear")
 def count(graph):
@@ -94,9 +98,8 @@ generator = torch.Generator().manual_seed(0)
 def normal(*shape):
     return torch.randn(shape, generator=generator).bfloat16()
 norm_weight, weight, scale = normal(512), normal(64, 512).to(torch.float8_e4m3fn).t(), torch.rand(64, 1)
-int8_weight, x_scale, other, bias = (weight.float() * 20).to(torch.int8), torch.tensor(1 / 32), torch.ones(()), normal(64)
-int8_weight = int8_weight.t().contiguous().t()
-bf16 = torch.bfloat16
+int8_weight = (weight.t().float() * 20).to(torch.int8).t()
+x_scale, other, bias, bf16 = torch.tensor(1 / 32), torch.ones(()), normal(64), torch.bfloat16
 def layers(x, residual, wide, norm_weight):
     y, total = ir.fused_add_rms_norm(x, residual, norm_weight, 1e-6)
     hoisted = torch.empty(wide.shape[0], 512, dtype=torch.float8_e4m3fn)

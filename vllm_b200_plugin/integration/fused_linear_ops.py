@@ -42,11 +42,11 @@ def _scaled_norm_linear(
     x_scale: torch.Tensor | None, bias: torch.Tensor | None, out_dtype: torch.dtype,
     residual: torch.Tensor | None = None, total: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    sums = {"residual": residual, "total": total}
+    dtype = weight.dtype
     if x_scale is None:
-        q, x_scale = norm_quant.rms_norm_token_quant(x, norm_weight, norm_eps, weight.dtype, **sums)
+        q, x_scale = norm_quant.rms_norm_token_quant(x, norm_weight, norm_eps, dtype, residual=residual, total=total)
     else:
-        q = norm_quant.rms_norm_tensor_quant(x, norm_weight, x_scale, norm_eps, weight.dtype, **sums)
+        q = norm_quant.rms_norm_tensor_quant(x, norm_weight, x_scale, norm_eps, dtype, residual=residual, total=total)
     return scaled_linear.multiply(q, x_scale, weight, weight_scale, bias, out_dtype, early=True)
 
 

@@ -24,14 +24,15 @@ class B200CutlassFp8Kernel(_Cutlass):
 
     def __init__(self, config: Any, layer_param_names: Any) -> None:
         super().__init__(config, layer_param_names)
-        n, k = config.weight_shape
-        limit = dispatch.small_m_limit(_KIND, n, k, library.capability())
-        report.chosen("FP8 linear", type(self).__name__, f"{n}x{k}: ours up to {limit} tokens, else CUTLASS")
         fused = any(feature.name == "norm_linear_fusion" for feature in features.enabled())
         settings = vllm_compat.CURRENT_CONFIG.get()()
         # vLLM's fusion of attention and quantisation has to see the latter.
         apart = settings is not None and settings.compilation_config.pass_config.fuse_attn_quant
         self.quantises_in_graphs = fused and not apart
+        n, k = config.weight_shape
+        limit = dispatch.small_m_limit(_KIND, n, k, library.capability())
+        what = "quantisation and GEMM in one op" if self.quantises_in_graphs else "behind vLLM's quantisation"
+        report.chosen("FP8 linear", type(self).__name__, f"{n}x{k}: {what}, ours up to {limit} tokens, else CUTLASS")
 
     @classmethod
     def can_implement(cls, config: Any) -> tuple[bool, str | None]:
