@@ -4,7 +4,7 @@
 a config of None, and more tokens than the last, mean vLLM's kernel.
 """
 
-Cut = tuple[int, int, int, int]
+Cut = tuple[int, ...]  # the fields of ops.small_m_gemm.Config, from the first on
 Rows = tuple[tuple[int, Cut | None, bool], ...]
 
 TABLE: dict[tuple[tuple[int, int], str], dict[tuple[int, int], Rows]] = {
