@@ -215,6 +215,23 @@ def test_quantised_before(calls):
     assert calls == ["ours", "ours, early"]
 
 
+def test_measured_behind_our_quantisation_holds_behind_it_alone(calls, dispatch_table):
+    dispatch_table({(HOPPER, "fp8"): {(N, K): ((MOST, CUT, True),)}})
+    layer, x = Layer(strategy="tensor", static=True), torch.randn(4, K, dtype=BF16)
+    calls.clear()
+    layer(x)
+    layer.kernel.apply_scaled_mm(
+        A=token_quant.per_tensor_quant(x, layer.layer.input_scale),
+        B=layer.layer.weight,
+        out_dtype=BF16,
+        As=layer.layer.input_scale,
+        Bs=layer.layer.weight_scale,
+        bias=None,
+        output_shape=[4, N],
+    )
+    assert calls == ["ours, early", "cutlass"]
+
+
 def test_a_weight_padded_for_cutlass_is_cutlasss(calls):
     layer, x = Layer(), torch.randn(4, K, dtype=BF16)
     layer.kernel.logical_output_size = N - 8

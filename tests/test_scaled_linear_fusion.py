@@ -136,10 +136,28 @@ apart = {
     "another dtype": lambda x, wide: ours.scaled_linear(
         ir.rms_norm(x, norm_weight, 1e-6), weight, scale, None, None, torch.float16),
 }
-answers["apart"] = {}
+answers["apart"], answers["alone"] = {}, {}
+def compiled(function, run=False):
+    inputs = normal(6, 512), normal(6, 1024)
+    graph, actual = compiler.optimised(function, inputs, run=run)
+    outside = sum(torch.float8_e4m3fn in n.args for n in graph.nodes if "convert_element_type" in str(n.target))
+    return count(graph)[0], outside, (function(*inputs), actual) if run else None
 for name, function in apart.items():
-    graph, _ = compiler.optimised(function, (normal(6, 512), normal(6, 1024)))
-    answers["apart"][name] = count(graph)[0]
+    answers["apart"][name] = compiled(function)[:2]
+alone = {
+    "an input": lambda x, wide: linear(x),
+    "part of an input": lambda x, wide: linear(wide[:, 512:]),
+    "int8": lambda x, wide: ours.scaled_linear(x + x, int8_weight, scale, None, None, bf16),
+}
+for name, function in alone.items():
+    answers["alone"][name] = compiled(function)[:2]
+outs = []
+for given in (None, x_scale):
+    def computed(x, wide):
+        return ours.scaled_linear((x + x).view(-1, 512), weight, scale, given, bias, bf16)
+    matched, outside, (expected, actual) = compiled(computed, run=True)
+    outs.append([outside, float((actual - expected).float().abs().mean() / expected.float().abs().mean())])
+answers["outside"] = outs
 answers["results"] = plugin.results()
 print(json.dumps(answers))
 """
@@ -170,4 +188,17 @@ def test_the_fused_graph_computes_the_same(found):
 
 
 def test_what_stays_apart(found):
-    assert found["apart"] == dict.fromkeys(found["apart"], 0)
+    """Nothing is fused, and where inductor has a kernel before the layer, the quantisation goes there."""
+    assert found["apart"].pop("another scale") == [0, 0]  # quantised already
+    assert found["apart"].pop("another dtype") == [0, 0]  # no pattern has it
+    assert found["apart"] == {name: [0, 1] for name in found["apart"]}
+
+
+def test_where_the_layer_quantises(found):
+    """Behind what is no kernel of inductor's, and INT8, which is no code of inductor's in vLLM either."""
+    assert found["alone"] == {name: [0, 0] for name in found["alone"]}
+
+
+def test_quantisation_outside_computes_the_same(found):
+    for outside, error in found["outside"]:
+        assert outside == 1 and error < 1e-2

@@ -88,7 +88,9 @@ def choice(layer: torch.nn.Module, num_tokens: int) -> dispatch.Choice | None:
     kernel = report.linear_kernel(layer)
     if not isinstance(kernel, B200CutlassFp8Kernel):
         return None
-    return scaled_linear.choice(_KIND, _Cutlass, kernel.config.weight_shape, num_tokens)
+    return scaled_linear.choice(
+        _KIND, _Cutlass, kernel.config.weight_shape, num_tokens, quantises=kernel.quantises_in_graphs
+    )
 
 
 def apply() -> None:

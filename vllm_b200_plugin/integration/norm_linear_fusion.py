@@ -3,10 +3,15 @@ it in one op, whose first kernel does the former and quantises (fused_linear_ops
 
 Of FP8 block-scaled layers those with DeepGEMM on Hopper; on Blackwell packed_quant_fusion finds them. Of the other FP8
 and of INT8 layers those of the features fp8_linear and int8_linear.
+
+An FP8 layer behind something else that inductor makes a kernel of, a norm that others read for example, gets its
+quantisation back as vLLM has it: inductor takes that into its kernel, which saves a prefill the way through memory.
+Behind attention, which is no kernel of inductor's, the layer's op goes on quantising.
 """
 
 import inspect
 import itertools
+import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -21,8 +26,10 @@ from vllm_b200_plugin.features import FeatureUnavailable
 from vllm_b200_plugin.integration import fusion_pass, op_override, packed_quant_fusion
 from vllm_b200_plugin.integration.fp8_block_op import Engine, machine
 from vllm_b200_plugin.integration.packed_quant_fusion import BLOCK, NORM_EPS
-from vllm_b200_plugin.ops.token_quant import MAX_HIDDEN_SIZE
+from vllm_b200_plugin.ops.quant import QUANT_MAX
+from vllm_b200_plugin.ops.token_quant import MAX_HIDDEN_SIZE, MIN_E4M3_SCALE
 
+E4M3_MAX = QUANT_MAX[torch.float8_e4m3fn]
 ENGINES = (Engine.FLASHINFER_DEEP_GEMM, Engine.DEEP_GEMM)
 _ours: Any = torch.ops.vllm_b200
 _Tensors = tuple[torch.Tensor, ...]
@@ -95,21 +102,37 @@ class NormLinearFusion(fusion_pass.FusionPass):
     def __init__(self, dtype: torch.dtype) -> None:
         """dtype: of the model's activations."""
         super().__init__()
+        self.apart = pattern_matcher.PatternMatcherPass(pass_name="quantisation apart")
         vllm_compat.ENABLE_FAKE_MODE.get()(self._register)(dtype)
 
+    def __call__(self, graph: torch.fx.Graph) -> None:
+        super().__call__(graph)
+        self.apart.apply(graph)
+
     def _register(self, dtype: torch.dtype) -> None:
+        for layer in _layers(dtype):
+            if layer.op == "scaled_linear":
+                self._replace(*_apart(layer), layer, dtype, self.apart, _is_behind_inductor)
         for before, layer in itertools.product(_befores(), _layers(dtype)):
             if "x_scale" in before.inputs and "x_scale" not in layer.inputs:
                 continue
-            search, replace = _functions(before, layer)
-            examples = [_example(name, layer, dtype) for name in inspect.signature(search).parameters]
-            pattern_matcher.register_replacement(
-                search, replace, examples, pattern_matcher.fwd_only, self.patterns, extra_check=_is_ours,
-                skip_duplicates=True,
-            )  # fmt: skip
+            self._replace(*_together(before, layer), layer, dtype, self.patterns, _is_ours)
+
+    @staticmethod
+    def _replace(
+        search: Callable[..., Any], replace: Callable[..., Any], layer: _Layer, dtype: torch.dtype, patterns: Any,
+        check: Callable[[Any], bool],
+    ) -> None:  # fmt: skip
+        examples = [_example(name, layer, dtype) for name in inspect.signature(search).parameters]
+        pattern_matcher.register_replacement(
+            search, replace, examples, pattern_matcher.fwd_only, patterns, extra_check=check, skip_duplicates=True
+        )
 
 
-def _functions(before: _Before, layer: _Layer) -> tuple[Callable[..., Any], Callable[..., Any]]:
+_Pair = tuple[Callable[..., Any], Callable[..., Any]]
+
+
+def _together(before: _Before, layer: _Layer) -> _Pair:
     """What to look for and what to put in its place, with the inputs of both as parameters."""
     names = tuple(dict.fromkeys((*before.inputs, *layer.inputs)))
     alone = getattr(_ours, layer.op).default
@@ -125,10 +148,33 @@ def _functions(before: _Before, layer: _Layer) -> tuple[Callable[..., Any], Call
         results = fused(*(values[name] for name in before.takes), *before.numbers, *_given(layer.fused, values))
         return results if isinstance(results, tuple) else (results,)
 
+    return _with_parameters(search, names), _with_parameters(replace, names)
+
+
+def _apart(layer: _Layer) -> _Pair:
+    """The layer as it is, and behind the quantisation of vLLM's QuantFP8 in PyTorch."""
+    names = ("x", *layer.inputs)
+    linear = _ours.scaled_linear.default
+
+    def search(x: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
+        return linear(x, *_given(layer.alone, dict(zip(layer.inputs, tensors, strict=True))))
+
+    def replace(x: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
+        values = dict(zip(layer.inputs, tensors, strict=True))
+        weight, weight_scale, _, *rest = _given(layer.alone, values)
+        scale = values.get("x_scale")
+        if scale is None:
+            scale = (x.abs().amax(-1, keepdim=True).float() / E4M3_MAX).clamp(min=MIN_E4M3_SCALE)
+        q = (x.float() * scale.reciprocal()).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+        return linear(q, weight, weight_scale, scale, *rest)
+
+    return _with_parameters(search, names), _with_parameters(replace, names)
+
+
+def _with_parameters(function: Callable[..., Any], names: tuple[str, ...]) -> Callable[..., Any]:
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    for function in (search, replace):
-        function.__signature__ = inspect.Signature([inspect.Parameter(name, kind) for name in names])  # type: ignore[attr-defined]
-    return search, replace
+    function.__signature__ = inspect.Signature([inspect.Parameter(name, kind) for name in names])  # type: ignore[attr-defined]
+    return function
 
 
 def _given(arguments: tuple[Any, ...], values: dict[str, torch.Tensor]) -> Iterator[Any]:
@@ -156,6 +202,20 @@ def _is_ours(match: Any) -> bool:
     """Whether our kernels take what was found."""
     x = match.kwargs["x"].meta["val"]
     return packed_quant_fusion.norm_is_ours(match) and x.shape[1] % 32 == 0 and x.shape[1] <= 2 * MAX_HIDDEN_SIZE
+
+
+def _is_behind_inductor(match: Any) -> bool:
+    """Whether an FP8 layer takes what a kernel of inductor's computes."""
+    x, weight = match.kwargs["x"], match.kwargs["weight"]
+    if weight.meta["val"].dtype != torch.float8_e4m3fn or x.meta["val"].dtype == torch.float8_e4m3fn:
+        return False
+    while x.op == "call_function" and (x.target is operator.getitem or _is_view(x.target)):
+        x = x.args[0]
+    return getattr(x.target, "namespace", "") in ("aten", "prims", "vllm_ir")
+
+
+def _is_view(target: Any) -> bool:
+    return getattr(target, "is_view", False) or target is torch.ops.aten.reshape.default
 
 
 def apply() -> None:

@@ -39,7 +39,7 @@ def _implementation(
     if x.dtype == weight.dtype:
         assert x_scale is not None
         return multiply(x, x_scale, weight, weight_scale, bias, out_dtype, early=False)
-    if _cut(x.shape[0], weight):
+    if _cut(x.shape[0], weight, early=True):
         if x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:
             x = x.clone(memory_format=torch.contiguous_format)
         if x_scale is None:
@@ -61,7 +61,7 @@ def multiply(
 
     early: whether what quantised lets ours start before it ends. Behind what does not, that costs 0.2 us.
     """
-    if cut := _cut(q.shape[0], weight):
+    if cut := _cut(q.shape[0], weight, early):
         return small_m_gemm.scaled_linear(
             q, x_scale, weight.t(), weight_scale, bias=bias, out_dtype=out_dtype, config=cut, pdl=early
         )
@@ -69,13 +69,18 @@ def multiply(
     return gemm(q, weight, out_dtype=out_dtype, scale_a=x_scale, scale_b=weight_scale, bias=bias)
 
 
-def _cut(num_tokens: int, weight: torch.Tensor) -> Config | None:
-    """How our GEMM cuts a weight [K, N] for so many tokens; None where CUTLASS takes them."""
+def _cut(num_tokens: int, weight: torch.Tensor, early: bool) -> Config | None:
+    """How our GEMM cuts a weight [K, N] for so many tokens; None where CUTLASS takes them.
+
+    What was measured behind our quantisation (quantise_first) says nothing of a GEMM that cannot start early.
+    """
     if not 0 < num_tokens < dispatch.SMALL_M_BELOW:
         return None
     k, n = weight.shape
     few = dispatch.small_m_gemm(KINDS[weight.dtype], num_tokens, n, k, library.capability())
-    return Config(*few.config) if few.kernel == dispatch.SMALL_M else None
+    if few.kernel != dispatch.SMALL_M or (few.quantise_first and not early):
+        return None
+    return Config(*few.config)
 
 
 def refusal(cutlass: type) -> str | None:
@@ -87,9 +92,13 @@ def refusal(cutlass: type) -> str | None:
     return None
 
 
-def choice(kind: str, cutlass: type, shape: tuple[int, int], num_tokens: int) -> dispatch.Choice:
-    """What a layer with a weight of `shape`, (N, K), runs for so many tokens."""
+def choice(
+    kind: str, cutlass: type, shape: tuple[int, int], num_tokens: int, quantises: bool = True
+) -> dispatch.Choice:
+    """What a layer with a weight of `shape`, (N, K), runs for so many tokens; quantises: whether our op does."""
     few = dispatch.small_m_gemm(kind, num_tokens, *shape, library.capability())
+    if few.kernel == dispatch.SMALL_M and few.quantise_first and not quantises:
+        return dispatch.Choice(cutlass.__name__, "ours is faster behind our quantisation: norm_linear_fusion is off")
     return dispatch.Choice(few.kernel if few.kernel == dispatch.SMALL_M else cutlass.__name__, few.reason)
 
 
