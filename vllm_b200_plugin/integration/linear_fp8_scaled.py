@@ -31,6 +31,8 @@ class B200CutlassFp8Kernel(_Cutlass):
         self.quantises_in_graphs = fused and not apart
         n, k = config.weight_shape
         limit = dispatch.small_m_limit(_KIND, n, k, library.capability())
+        if self.quantises_in_graphs:
+            self.quantiser = "vllm_b200::scaled_linear"  # for the report
         what = "quantisation and GEMM in one op" if self.quantises_in_graphs else "behind vLLM's quantisation"
         report.chosen("FP8 linear", type(self).__name__, f"{n}x{k}: {what}, ours up to {limit} tokens, else CUTLASS")
 
