@@ -77,7 +77,7 @@ def quantise(
     return per_tensor_quant(x, x_scale, pdl=pdl), x_scale
 
 
-def ours_cut(case: FusedLinearCase, seed: int, config: Config, pdl: bool = False) -> Run:
+def ours_cut(case: FusedLinearCase, seed: int, config: Config, pdl: bool = True) -> Run:
     """With our GEMM cut like this; pdl: the kernel before it starts early, too."""
     x, residual, norm_weight, weight, weight_scale, x_scale = _operands(case, seed)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from vllm_b200_plugin import dispatch
 from vllm_b200_plugin.integration import fp8_block_op, scaled_linear
 from vllm_b200_plugin.ops import gated_quant, norm_quant
 from vllm_b200_plugin.ops._library import torch_library
@@ -24,7 +25,7 @@ def _block_norm_linear(
 ) -> torch.Tensor:  # fmt: skip
     layout, ue8m0 = fp8_block_op.scales_of(engine, x.shape[0])
     q, scale = norm_quant.rms_norm_group_quant(
-        x, norm_weight, norm_eps, residual=residual, total=total, layout=layout, ue8m0=ue8m0
+        x, norm_weight, norm_eps, residual=residual, total=total, layout=layout, ue8m0=ue8m0, pdl=_takes_few(x, weight)
     )
     return fp8_block_op.gemm(q, scale, weight, weight_scale, out_dtype, engine, ue8m0)
 
@@ -33,8 +34,13 @@ def _block_silu_linear(
     x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, out_dtype: torch.dtype, engine: str
 ) -> torch.Tensor:
     layout, ue8m0 = fp8_block_op.scales_of(engine, x.shape[0])
-    q, scale = gated_quant.gated_group_quant(x, layout=layout, ue8m0=ue8m0)
+    q, scale = gated_quant.gated_group_quant(x, layout=layout, ue8m0=ue8m0, pdl=_takes_few(x, weight))
     return fp8_block_op.gemm(q, scale, weight, weight_scale, out_dtype, engine, ue8m0)
+
+
+def _takes_few(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """As scaled_linear.takes_few, of a layer with block scales."""
+    return fp8_block_op.small_m_choice(x.shape[0], *weight.shape).kernel == dispatch.SMALL_M
 
 
 def _scaled_norm_linear(
@@ -42,11 +48,15 @@ def _scaled_norm_linear(
     x_scale: torch.Tensor | None, bias: torch.Tensor | None, out_dtype: torch.dtype,
     residual: torch.Tensor | None = None, total: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    dtype = weight.dtype
+    dtype, pdl = weight.dtype, scaled_linear.takes_few(x.shape[0], weight)
     if x_scale is None:
-        q, x_scale = norm_quant.rms_norm_token_quant(x, norm_weight, norm_eps, dtype, residual=residual, total=total)
+        q, x_scale = norm_quant.rms_norm_token_quant(
+            x, norm_weight, norm_eps, dtype, residual=residual, total=total, pdl=pdl
+        )
     else:
-        q = norm_quant.rms_norm_tensor_quant(x, norm_weight, x_scale, norm_eps, dtype, residual=residual, total=total)
+        q = norm_quant.rms_norm_tensor_quant(
+            x, norm_weight, x_scale, norm_eps, dtype, residual=residual, total=total, pdl=pdl
+        )
     return scaled_linear.multiply(q, x_scale, weight, weight_scale, bias, out_dtype, early=True)
 
 
@@ -54,10 +64,11 @@ def _scaled_silu_linear(
     x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, x_scale: torch.Tensor | None,
     bias: torch.Tensor | None, out_dtype: torch.dtype,
 ) -> torch.Tensor:  # fmt: skip
+    pdl = scaled_linear.takes_few(x.shape[0], weight)
     if x_scale is None:
-        q, x_scale = gated_quant.gated_token_quant(x, weight.dtype)
+        q, x_scale = gated_quant.gated_token_quant(x, weight.dtype, pdl=pdl)
     else:
-        q = gated_quant.gated_tensor_quant(x, x_scale, weight.dtype)
+        q = gated_quant.gated_tensor_quant(x, x_scale, weight.dtype, pdl=pdl)
     return scaled_linear.multiply(q, x_scale, weight, weight_scale, bias, out_dtype, early=True)
 
 
