@@ -54,7 +54,7 @@ from vllm import plugins
 plugins.load_general_plugins()
 from vllm_b200_plugin import dispatch, plugin, vllm_compat
 
-cut = ((32, (1, 8, 1, 0), False),)
+cut = ((32, (1, 8, 1, 0), True),)
 shapes = {(1024, 512): cut, (512, 512): cut, (2048, 512): cut, (512, 1024): cut, (64, 512): cut}
 dispatch.TABLE = {((9, 0), "fp8"): shapes, ((9, 0), "int8"): shapes}
 folders = FOLDERS

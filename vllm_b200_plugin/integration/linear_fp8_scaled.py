@@ -21,6 +21,7 @@ class B200CutlassFp8Kernel(_Cutlass):
     """Weights as for CUTLASS; ours for few tokens and CUTLASS for more."""
 
     quantises_in_graphs = False  # whether the op of a compiled graph quantises
+    takes_quantised = False  # whether ours is ever taken for an activation that is quantised already
 
     def __init__(self, config: Any, layer_param_names: Any) -> None:
         super().__init__(config, layer_param_names)
@@ -30,11 +31,13 @@ class B200CutlassFp8Kernel(_Cutlass):
         apart = settings is not None and settings.compilation_config.pass_config.fuse_attn_quant
         self.quantises_in_graphs = fused and not apart
         n, k = config.weight_shape
-        limit = dispatch.small_m_limit(_KIND, n, k, library.capability())
+        self.takes_quantised = scaled_linear.takes_quantised(_KIND, (n, k))
+        what = f"ours up to {dispatch.small_m_limit(_KIND, n, k, library.capability())} tokens, else CUTLASS"
         if self.quantises_in_graphs:
-            self.quantiser = "vllm_b200::scaled_linear"  # for the report
-        what = "quantisation and GEMM in one op" if self.quantises_in_graphs else "behind vLLM's quantisation"
-        report.chosen("FP8 linear", type(self).__name__, f"{n}x{k}: {what}, ours up to {limit} tokens, else CUTLASS")
+            what = f"quantisation and GEMM in one op, {what}"
+        elif not self.takes_quantised:
+            what = "CUTLASS in compiled graphs: ours is faster behind our quantisation, with norm_linear_fusion"
+        report.chosen("FP8 linear", type(self).__name__, f"{n}x{k}: {what}")
 
     @classmethod
     def can_implement(cls, config: Any) -> tuple[bool, str | None]:
@@ -78,7 +81,9 @@ class B200CutlassFp8Kernel(_Cutlass):
         bias: torch.Tensor | None,
         output_shape: list[int],
     ) -> torch.Tensor:
-        if B.shape[0] != A.shape[1] or B.shape[1] != self.logical_output_size:  # padded for CUTLASS
+        padded = B.shape[0] != A.shape[1] or B.shape[1] != self.logical_output_size
+        # Where vLLM has fused silu_and_mul with the quantisation the pass looks for our op behind that.
+        if padded or not (self.takes_quantised or self.quantises_in_graphs):
             return super().apply_scaled_mm(
                 A=A, B=B, out_dtype=out_dtype, As=As, Bs=Bs, bias=bias, output_shape=output_shape
             )

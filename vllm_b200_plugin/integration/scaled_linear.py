@@ -115,6 +115,12 @@ def choice(
     return dispatch.Choice(few.kernel if few.kernel == dispatch.SMALL_M else cutlass.__name__, few.reason)
 
 
+def takes_quantised(kind: str, shape: tuple[int, int]) -> bool:
+    """Whether our GEMM was measured to win with a weight of `shape`, (N, K), behind a quantisation that is not ours."""
+    few = [dispatch.small_m_gemm(kind, m, *shape, library.capability()) for m in range(1, dispatch.SMALL_M_BELOW)]
+    return any(choice.kernel == dispatch.SMALL_M and not choice.quantise_first for choice in few)
+
+
 def put_before(cutlass: type, ours: type, kernels: vllm_compat.Private) -> None:
     """Put our class before `cutlass` in vLLM's list for CUDA and beside it for --linear-backend, once.
 
