@@ -70,6 +70,10 @@ def static_scaled_fp8_quant(q, x, scale, group_shape=None):
     ours.per_tensor_quant(x, q, scale, None)
 def silu_and_mul_quant(q, x, scale):
     ours.gated_tensor_quant(x, q, scale, 0, 0.0, 1.0, 0.0)
+def cutlass(a, b, scale_a, scale_b, out_dtype, bias=None):
+    y = (a.double() @ b.double()) * scale_a.double().view(-1, 1) * scale_b.double().view(1, -1)
+    return (y if bias is None else y + bias).to(out_dtype)
+vllm_compat.CUTLASS_GEMM.replace(cutlass)
 for function in (static_scaled_fp8_quant, silu_and_mul_quant):
     vllm_ops.impl(function.__name__, function, "CPU")
 
