@@ -145,10 +145,14 @@ def _norm_group(m: Model, h: torch.Tensor, pdl: bool, seen: list[torch.Tensor]) 
 
 
 def _norm_token(m: Model, h: torch.Tensor, pdl: bool, seen: list[torch.Tensor]) -> torch.Tensor:
+    total = torch.empty_like(h)
+    seen += [total, *rms_norm_token_quant(h, m.norm, EPS, residual=m.residual, total=total, pdl=pdl)]
     return _scaled(m, *rms_norm_token_quant(h, m.norm, EPS, residual=m.residual, pdl=pdl), pdl)
 
 
 def _norm_tensor(m: Model, h: torch.Tensor, pdl: bool, seen: list[torch.Tensor]) -> torch.Tensor:
+    total = torch.empty_like(h)
+    seen += [total, rms_norm_tensor_quant(h, m.norm, m.scale, EPS, residual=m.residual, total=total, pdl=pdl)]
     return _scaled(m, rms_norm_tensor_quant(h, m.norm, m.scale, EPS, residual=m.residual, pdl=pdl), m.scale, pdl)
 
 

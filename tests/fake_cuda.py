@@ -141,7 +141,7 @@ def config(model_type: str = "deepseek_v3", linear_backend: str = "auto"):
     current = VllmConfig(device_config=DeviceConfig(device="cpu"))
     current.kernel_config.linear_backend = linear_backend
     current.model_config = types.SimpleNamespace(
-        hf_text_config=types.SimpleNamespace(model_type=model_type), quantization_config=None
+        hf_text_config=types.SimpleNamespace(model_type=model_type), quantization_config=None, dtype=torch.bfloat16
     )
     with set_current_vllm_config(current):
         yield

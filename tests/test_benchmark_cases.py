@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import operator
+from itertools import product
 from types import ModuleType
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks import families
-from benchmarks.cases.gemm import GemmCase
+from benchmarks.cases.gemm import FusedLinearCase, GemmCase
 from benchmarks.cases.kv_cache import KvCacheCase
 from benchmarks.cases.moe import (
     EXPERT_FORMATS,
@@ -57,6 +58,7 @@ SMALL: dict[str, list[Any]] = {
     "fp8_block_linear": [GEMM],
     "fp8_linear": [GEMM],
     "int8_linear": [GEMM],
+    "fused_linear": [FusedLinearCase(*kind, 3, 192, 256) for kind in product(("norm", "silu", "none"), (False, True))],
     "nvfp4_linear": [GEMM],
     "moe_align": [MoeAlignCase(3, 64, 16), MoeAlignCase(40, 16, 64)],
     "topk": [TopKCase(9, 128), TopKCase(9, 256, 8, 4)],
@@ -339,6 +341,12 @@ def _naive_int8_linear(family: ModuleType, case: GemmCase) -> tuple[torch.Tensor
     q, x_scale, _ = per_token_quant(x, torch.int8)
     product = torch.tensor([[sum(map(operator.mul, a, b)) for b in weight.tolist()] for a in q.tolist()])
     return ((product * x_scale * scale.t()).bfloat16(),)
+
+
+def _naive_fused_linear(family: ModuleType, case: FusedLinearCase) -> tuple[torch.Tensor, ...]:
+    x, residual, norm_weight, weight, weight_scale, x_scale = family._operands(case, 0)
+    q, scale, *_ = family.compose(case.before, case.per_token, x, residual, norm_weight, x_scale)
+    return ((q.float() @ weight.float().t() * scale * weight_scale).bfloat16(),)
 
 
 def _naive_nvfp4_linear(family: ModuleType, case: GemmCase) -> tuple[torch.Tensor, ...]:

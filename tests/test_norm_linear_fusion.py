@@ -1,4 +1,5 @@
-"""The fusion of RMSNorm with the FP8 linear layer behind it, on the graphs that vLLM's own passes leave."""
+"""The fusion of RMSNorm and silu_and_mul with the FP8 block-scaled linear layer behind them, on the graphs that vLLM's
+own passes leave."""
 
 import json
 
@@ -31,7 +32,7 @@ passes = compiler.passes.passes
 def count(graph):
     ops = collections.Counter(str(n.target).split(".")[1] for n in graph.nodes if ".default" in str(n.target))
     fusions = [p for p in passes if isinstance(p, NormLinearFusion)]
-    names = ("norm_fp8_block_linear", "add_norm_fp8_block_linear", "fp8_block_linear")
+    names = ("norm_fp8_block_linear", "add_norm_fp8_block_linear", "silu_fp8_block_linear", "fp8_block_linear")
     return [fusions[0].matched_count if fusions else None, *[ops[name] for name in names]]
 
 answers = {}
@@ -66,15 +67,16 @@ def normal(*shape):
     return torch.randn(shape, generator=generator).bfloat16()
 norm_weight = normal(512)
 weight, weight_scale = normal(64, 512).to(torch.float8_e4m3fn), torch.ones(1, 4, dtype=torch.float32)
-def layers(x, residual, norm_weight):
+def layers(x, residual, wide, norm_weight):
     def linear(y):
         return fp8_block_linear(y, weight, weight_scale, (128, 128), torch.bfloat16, Engine.FLASHINFER_DEEP_GEMM)
     y, total = ir.fused_add_rms_norm(x, residual, norm_weight, 1e-6)
-    return linear(y), total, linear(ir.rms_norm(x, norm_weight, 1e-5))
+    gated = torch.nn.functional.silu(wide[:, :512]) * wide[:, 512:]
+    return linear(y), total, linear(ir.rms_norm(x, norm_weight, 1e-5)), linear(gated)
 
 answers["rows"] = {}
 for rows in (1, 6, 20, 40):
-    inputs = normal(rows, 512), normal(rows, 512), norm_weight
+    inputs = normal(rows, 512), normal(rows, 512), normal(rows, 1024), norm_weight
     expected = layers(*inputs)
     kept = inputs[1].clone()
     calls.clear()
@@ -85,7 +87,7 @@ for rows in (1, 6, 20, 40):
 small = dispatch.SmallMChoice(dispatch.SMALL_M, "test", (1, 8, 1, 0))
 dispatch.small_m_gemm = lambda *args, **kwargs: small
 calls.clear()
-inputs = normal(3, 512), normal(3, 512), norm_weight
+inputs = normal(3, 512), normal(3, 512), normal(3, 1024), norm_weight
 graph, actual = compiler.optimised(layers, inputs, run=True)
 answers["few"] = [count(graph), dict(calls), bool(torch.isfinite(actual[0]).all())]
 
@@ -108,23 +110,23 @@ def found(tmp_path_factory):
 
 
 def test_every_place_in_a_model_is_found(found):
-    """Two norms a layer; the layers behind attention and behind the activation stay as they are."""
+    """Two norms and an activation a layer; the layer behind attention stays as it is."""
     assert found["result"] == "applied"
-    assert found["model"] == [4, 1, 3, 4]
+    assert found["model"] == [6, 1, 3, 2, 2]
     assert not found["same key"]
 
 
 @pytest.mark.parametrize("rows, gemm", [(1, "flashinfer"), (6, "flashinfer"), (20, "deep_gemm"), (40, "deep_gemm")])
 def test_the_fused_graph_computes_the_same(found, rows, gemm):
     counts, kept, errors, calls = found["rows"][str(rows)]
-    assert counts == [2, 1, 1, 0]
+    assert counts == [3, 1, 1, 1, 0]
     assert kept and max(errors) < 2e-2
-    assert calls == {gemm: 2}
+    assert calls == {gemm: 3}
 
 
 def test_few_tokens_go_to_our_gemm(found):
     counts, calls, finite = found["few"]
-    assert counts == [2, 1, 1, 0] and calls == {} and finite
+    assert counts == [3, 1, 1, 1, 0] and calls == {} and finite
 
 
 def test_a_norm_that_others_read_stays(found):

@@ -116,16 +116,23 @@ def test_slices_and_special_values(device: str) -> None:
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-@pytest.mark.parametrize("layout", [ScaleLayout.ROW, ScaleLayout.PACKED_UE8M0])
+@pytest.mark.parametrize("kind", [ScaleLayout.ROW, ScaleLayout.PACKED_UE8M0, "token", "tensor"])
 @pytest.mark.parametrize("num_tokens", [5, 150])
-def test_the_sum_may_go_elsewhere(device: str, layout: ScaleLayout, num_tokens: int) -> None:
+def test_the_sum_may_go_elsewhere(device: str, kind: ScaleLayout | str, num_tokens: int) -> None:
+    def run(**sums: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        if kind == "token":
+            return rms_norm_token_quant(x, weight, EPS, **sums)
+        if kind == "tensor":
+            return (rms_norm_tensor_quant(x, weight, torch.full((1,), 1 / 64, device=device), EPS, **sums),)
+        return rms_norm_group_quant(x, weight, EPS, layout=kind, **sums)
+
     x, residual, weight = (
         torch.randn(shape, device=device).bfloat16() for shape in ((num_tokens, 1152),) * 2 + (1152,)
     )
     in_place, kept = residual.clone(), residual.clone()
     wide = torch.zeros(num_tokens, 1280, dtype=x.dtype, device=device)
-    expected = rms_norm_group_quant(x, weight, EPS, residual=in_place, layout=layout)
-    actual = rms_norm_group_quant(x, weight, EPS, residual=residual, total=wide[:, 64:1216], layout=layout)
+    expected = run(residual=in_place)
+    actual = run(residual=residual, total=wide[:, 64:1216])
     assert torch.equal(wide[:, 64:1216], in_place) and torch.equal(residual, kept)
     assert not wide[:, :64].any() and not wide[:, 1216:].any()
     for a, b in zip(actual, expected, strict=True):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vllm_b200_plugin import dispatch, small_m_table, vllm_compat
+from vllm_b200_plugin import dispatch, small_m_table
 from vllm_b200_plugin.integration import fp8_block_op, library, linear_bf16
 from vllm_b200_plugin.integration.fp8_block_op import Engine, Machine, fp8_block_linear
 from vllm_b200_plugin.ops import small_m_gemm
@@ -147,27 +147,3 @@ def test_bf16_layer_leaves_other_dtypes_alone(table, monkeypatch, change):
     x = torch.randn(1, K).to(change.get("x", torch.bfloat16))
     weight = torch.randn(N, K).to(change.get("weight", torch.bfloat16))
     assert linear_bf16.unquantized_gemm(torch.nn.Module(), x, weight) == "theirs"
-
-
-@pytest.mark.parametrize("m, ours", [(0, False), (1, True), (2, True), (3, False), (40, False)])
-@pytest.mark.parametrize("per_token", [False, True])
-def test_fp8_layer(table, monkeypatch, m, ours, per_token):
-    pytest.importorskip("vllm")
-    from vllm_b200_plugin.integration import linear_fp8_scaled
-
-    monkeypatch.setattr(library, "capability", lambda: HOPPER)
-    calls = []
-
-    def cutlass(a, b, *, out_dtype, scale_a, scale_b, bias):
-        calls.append("cutlass")
-        return ((a.float() * scale_a) @ (b.float() * scale_b.view(1, -1)) + bias.float()).to(out_dtype)
-
-    monkeypatch.setattr(vllm_compat, "CUTLASS_GEMM", type("Found", (), {"get": staticmethod(lambda: cutlass)}))
-    x, weight = torch.randn(m, K).to(torch.float8_e4m3fn), torch.randn(N, K).to(torch.float8_e4m3fn)
-    x_scale, weight_scale = (torch.rand(m, 1), torch.rand(N, 1)) if per_token else (torch.rand(1), torch.rand(()))
-    bias = torch.randn(N, dtype=torch.bfloat16)
-    out = torch.ops.vllm_b200.fp8_linear(x, weight, x_scale, weight_scale, bias, torch.bfloat16)
-    expected = (x.double() * x_scale) @ (weight.double() * weight_scale).t() + bias
-    assert out.dtype == torch.bfloat16 and torch.allclose(out.double(), expected, rtol=1e-2, atol=0.05)
-    assert calls == ([] if ours else ["cutlass"])
-    assert linear_fp8_scaled.B200CutlassFp8Kernel.apply_scaled_mm

@@ -138,7 +138,7 @@ FEATURES: tuple[Feature, ...] = (
     Feature(
         name="fp8_linear",
         changes="FP8 linear layers with a scale per tensor, or per channel and token: our GEMM for few tokens where it "
-        "is faster than CUTLASS",
+        "is faster than CUTLASS, in one op with our quantisation where norm_linear_fusion is on",
         needs="the CUDA library, compute capability 9.0, 10.0, 10.3 or 12.0",
         module="vllm_b200_plugin.integration.linear_fp8_scaled",
         after="vllm.model_executor.kernels.linear",
@@ -170,9 +170,9 @@ FEATURES: tuple[Feature, ...] = (
     ),
     Feature(
         name="norm_linear_fusion",
-        changes="compiled graphs on Hopper: RMSNorm and the FP8 block-scaled linear layer behind it become one op, "
-        "whose first kernel norms and quantises",
-        needs="the CUDA library, compute capability 9.0; vLLM's pass norm_quant on",
+        changes="compiled graphs on Hopper: RMSNorm or silu_and_mul, and the FP8 or INT8 linear layer of ours behind "
+        "it become one op, whose first kernel quantises, too",
+        needs="the CUDA library, compute capability 9.0; fp8_block_linear, fp8_linear or int8_linear",
         module="vllm_b200_plugin.integration.norm_linear_fusion",
         after="vllm.compilation.passes.pass_manager",
         trial=True,

@@ -93,6 +93,13 @@ INT8_QUANT = Private(
     "the activation of our INT8 layers before CUTLASS",
     "a documented function for it",
 )
+FP8_QUANT = Private(
+    "vllm._custom_ops",
+    "scaled_fp8_quant",
+    "function: an activation in FP8, with a scale for each token or a given one",
+    "the activation of our FP8 layers before CUTLASS",
+    "a documented function for it",
+)
 LINEAR_BACKENDS = Private(
     _LINEAR,
     "_LINEAR_BACKEND_KERNEL_MAP",
@@ -300,7 +307,7 @@ CURRENT_CONFIG = Private(
     "vllm.config.vllm",
     "get_current_vllm_config_or_none",
     "function: the configuration of the model that is being made",
-    "a gate that may get a LoRA hands on logits alone",
+    "a gate that may get a LoRA hands on logits alone; whether vLLM's own passes have to see a quantisation",
     "-",
 )
 GATE_LINEAR = Private(

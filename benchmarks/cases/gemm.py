@@ -111,6 +111,40 @@ def _cases(shapes: tuple[tuple[int, int], ...], num_tokens: tuple[int, ...]) -> 
         yield GemmCase(m, n, k)
 
 
+@dataclass(frozen=True)
+class FusedLinearCase:
+    """An FP8 layer behind `before`: norm (residual addition and RMSNorm), silu (silu_and_mul) or none.
+
+    per_token: the activation's scale is found for each token, else one is given.
+    """
+
+    before: str
+    per_token: bool
+    num_tokens: int
+    n: int
+    k: int
+
+    def __str__(self) -> str:
+        return f"{self.layout_name}-{self.num_tokens}x{self.n}x{self.k}"
+
+    @property
+    def layout_name(self) -> str:
+        return f"{self.before}_per_{'token' if self.per_token else 'tensor'}"
+
+    @property
+    def num_bytes(self) -> int:
+        """The weight, what comes before in bf16, the residual in and out, and a bf16 result."""
+        columns = {"norm": 3, "silu": 2, "none": 1}[self.before] * self.k
+        return self.n * self.k + 2 * self.num_tokens * (columns + self.n)
+
+
+def fused_linear_benchmarks() -> Iterator[FusedLinearCase]:
+    """Llama-3.1-8B: qkv, o, gate and up, down."""
+    layers = (("norm", 6144, 4096), ("none", 4096, 4096), ("norm", 28672, 4096), ("silu", 4096, 14336))
+    for (before, n, k), per_token, num_tokens in product(layers, (False, True), (1, 4, 8, 16, 32, 2048)):
+        yield FusedLinearCase(before, per_token, num_tokens, n, k)
+
+
 NVFP4_SHAPES = (
     (5120, 2048),  # Qwen3-30B-A3B: qkv,
     (2048, 4096),  # o

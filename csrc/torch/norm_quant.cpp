@@ -49,6 +49,19 @@ RmsNormQuantParams norm_params(const Tensor& x, const std::optional<Tensor>& res
   return params;
 }
 
+// With x + residual in `total`, which leaves the residual alone.
+RmsNormQuantParams norm_params(const Tensor& x, const Tensor& residual, const Tensor& weight, const Tensor& total,
+                               const Tensor& q, double norm_eps, bool gemma, bool pdl) {
+  RmsNormQuantParams params = norm_params(x, std::optional<Tensor>(residual), weight, q, norm_eps, gemma, pdl);
+  const Rows rows = checked_rows(total, "total");
+  STD_TORCH_CHECK(rows.count == params.rows && rows.width == params.hidden_size, "total: takes the shape of x");
+  check_type(total, "total", x.scalar_type());
+  STD_TORCH_CHECK(x.get_device_index() == total.get_device_index(), "total: takes the device of x");
+  params.total = total.data_ptr();
+  params.total_stride_row = rows.stride;
+  return params;
+}
+
 void run_group_quant(RmsNormQuantParams params, const Tensor& x, const Tensor& q, const Tensor& scale,
                      int64_t group_size, double eps, bool ue8m0, bool pad) {
   STD_TORCH_CHECK(group_size == 64 || group_size == 128, "group_size: takes 64 or 128, got ", group_size);
@@ -79,31 +92,8 @@ void run_group_quant(RmsNormQuantParams params, const Tensor& x, const Tensor& q
       "rms_norm_group_quant");
 }
 
-}  // namespace
-
-namespace ops {
-
-void rms_norm_group_quant(const Tensor& x, std::optional<Tensor> residual, const Tensor& weight, Tensor q, Tensor scale,
-                          double norm_eps, int64_t group_size, double eps, bool ue8m0, bool pad, bool gemma, bool pdl) {
-  run_group_quant(norm_params(x, residual, weight, q, norm_eps, gemma, pdl), x, q, scale, group_size, eps, ue8m0, pad);
-}
-
-void add_rms_norm_group_quant(const Tensor& x, const Tensor& residual, const Tensor& weight, Tensor total, Tensor q,
-                              Tensor scale, double norm_eps, int64_t group_size, double eps, bool ue8m0, bool pad,
-                              bool gemma, bool pdl) {
-  RmsNormQuantParams params = norm_params(x, residual, weight, q, norm_eps, gemma, pdl);
-  const Rows rows = checked_rows(total, "total");
-  STD_TORCH_CHECK(rows.count == params.rows && rows.width == params.hidden_size, "total: takes the shape of x");
-  check_type(total, "total", x.scalar_type());
-  STD_TORCH_CHECK(x.get_device_index() == total.get_device_index(), "total: takes the device of x");
-  params.total = total.data_ptr();
-  params.total_stride_row = rows.stride;
-  run_group_quant(params, x, q, scale, group_size, eps, ue8m0, pad);
-}
-
-void rms_norm_token_quant(const Tensor& x, std::optional<Tensor> residual, const Tensor& weight, Tensor q, Tensor scale,
-                          const std::optional<Tensor>& scale_ub, double norm_eps, bool gemma, bool pdl) {
-  RmsNormQuantParams params = norm_params(x, residual, weight, q, norm_eps, gemma, pdl);
+void run_token_quant(RmsNormQuantParams params, const Tensor& x, const Tensor& q, const Tensor& scale,
+                     const std::optional<Tensor>& scale_ub) {
   check_type(scale, "scale", ScalarType::Float);
   STD_TORCH_CHECK(scale.numel() == params.rows && scale.is_contiguous(), "scale: takes one number a row, contiguous");
   params.scale = scale.data_ptr();
@@ -118,15 +108,50 @@ void rms_norm_token_quant(const Tensor& x, std::optional<Tensor> residual, const
                "rms_norm_token_quant");
 }
 
-void rms_norm_tensor_quant(const Tensor& x, std::optional<Tensor> residual, const Tensor& weight, Tensor q,
-                           const Tensor& scale, double norm_eps, bool gemma, bool pdl) {
-  RmsNormQuantParams params = norm_params(x, residual, weight, q, norm_eps, gemma, pdl);
+void run_tensor_quant(RmsNormQuantParams params, const Tensor& x, const Tensor& q, const Tensor& scale) {
   check_scalar(scale, "scale", x);
   params.scale = scale.data_ptr();
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   check_launch(
       vllm_b200::rms_norm_tensor_quant(params, input_type(x), output_type(q), current_stream(x.get_device_index())),
       "rms_norm_tensor_quant");
+}
+
+}  // namespace
+
+namespace ops {
+
+void rms_norm_group_quant(const Tensor& x, std::optional<Tensor> residual, const Tensor& weight, Tensor q, Tensor scale,
+                          double norm_eps, int64_t group_size, double eps, bool ue8m0, bool pad, bool gemma, bool pdl) {
+  run_group_quant(norm_params(x, residual, weight, q, norm_eps, gemma, pdl), x, q, scale, group_size, eps, ue8m0, pad);
+}
+
+void add_rms_norm_group_quant(const Tensor& x, const Tensor& residual, const Tensor& weight, Tensor total, Tensor q,
+                              Tensor scale, double norm_eps, int64_t group_size, double eps, bool ue8m0, bool pad,
+                              bool gemma, bool pdl) {
+  run_group_quant(norm_params(x, residual, weight, total, q, norm_eps, gemma, pdl), x, q, scale, group_size, eps, ue8m0,
+                  pad);
+}
+
+void rms_norm_token_quant(const Tensor& x, std::optional<Tensor> residual, const Tensor& weight, Tensor q, Tensor scale,
+                          const std::optional<Tensor>& scale_ub, double norm_eps, bool gemma, bool pdl) {
+  run_token_quant(norm_params(x, residual, weight, q, norm_eps, gemma, pdl), x, q, scale, scale_ub);
+}
+
+void add_rms_norm_token_quant(const Tensor& x, const Tensor& residual, const Tensor& weight, Tensor total, Tensor q,
+                              Tensor scale, const std::optional<Tensor>& scale_ub, double norm_eps, bool gemma,
+                              bool pdl) {
+  run_token_quant(norm_params(x, residual, weight, total, q, norm_eps, gemma, pdl), x, q, scale, scale_ub);
+}
+
+void rms_norm_tensor_quant(const Tensor& x, std::optional<Tensor> residual, const Tensor& weight, Tensor q,
+                           const Tensor& scale, double norm_eps, bool gemma, bool pdl) {
+  run_tensor_quant(norm_params(x, residual, weight, q, norm_eps, gemma, pdl), x, q, scale);
+}
+
+void add_rms_norm_tensor_quant(const Tensor& x, const Tensor& residual, const Tensor& weight, Tensor total, Tensor q,
+                               const Tensor& scale, double norm_eps, bool gemma, bool pdl) {
+  run_tensor_quant(norm_params(x, residual, weight, total, q, norm_eps, gemma, pdl), x, q, scale);
 }
 
 void rms_norm_nvfp4_quant(const Tensor& x, std::optional<Tensor> residual, const Tensor& weight,
@@ -153,6 +178,8 @@ STABLE_TORCH_LIBRARY_IMPL(vllm_b200, CUDA, m) {
   m.impl("rms_norm_group_quant", TORCH_BOX(&vllm_b200::ops::rms_norm_group_quant));
   m.impl("add_rms_norm_group_quant", TORCH_BOX(&vllm_b200::ops::add_rms_norm_group_quant));
   m.impl("rms_norm_token_quant", TORCH_BOX(&vllm_b200::ops::rms_norm_token_quant));
+  m.impl("add_rms_norm_token_quant", TORCH_BOX(&vllm_b200::ops::add_rms_norm_token_quant));
   m.impl("rms_norm_nvfp4_quant", TORCH_BOX(&vllm_b200::ops::rms_norm_nvfp4_quant));
   m.impl("rms_norm_tensor_quant", TORCH_BOX(&vllm_b200::ops::rms_norm_tensor_quant));
+  m.impl("add_rms_norm_tensor_quant", TORCH_BOX(&vllm_b200::ops::add_rms_norm_tensor_quant));
 }

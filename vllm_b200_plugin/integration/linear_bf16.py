@@ -23,6 +23,8 @@ def choice(layer: Any, num_tokens: int) -> dispatch.Choice | None:
     multiplies = hasattr(layer, "output_size") or isinstance(layer, vllm_compat.LM_HEAD.get())
     if not isinstance(getattr(layer, "quant_method", None), methods) or not multiplies:
         return None
+    if vllm_compat.ENVS.get().VLLM_BATCH_INVARIANT:  # vLLM asks for a product of its own before it comes to ours
+        return None
     shape: tuple[int, int] = tuple(layer.weight.shape)
     if layer.weight.dtype != torch.bfloat16 or not dispatch.small_m_limit(_KIND, *shape, library.capability()):
         return None

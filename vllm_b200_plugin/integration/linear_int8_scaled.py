@@ -1,8 +1,7 @@
 """Feature int8_linear: our GEMM for few tokens in INT8 layers, symmetric activations with a scale per token or tensor.
 
-One class before vLLM's CUTLASS one, and one op for quantisation and GEMM: behind our quantisation, which lets its
-successor start early, our GEMM reads the weight while the activation is quantised. vLLM chooses a class before it tells
-the shape of a layer, so a layer that ours never wins has this class, too, and runs what CUTLASS's own runs.
+One class before vLLM's CUTLASS one, and one op for quantisation and GEMM. vLLM chooses a class before it tells the
+shape of a layer, so a layer that ours never wins has this class, too, and runs what CUTLASS's own runs.
 """
 
 from typing import Any
@@ -11,8 +10,6 @@ import torch
 
 from vllm_b200_plugin import dispatch, vllm_compat
 from vllm_b200_plugin.integration import library, report, scaled_linear
-from vllm_b200_plugin.ops import small_m_gemm, token_quant
-from vllm_b200_plugin.ops._library import torch_library
 
 _KIND = "int8"
 _Cutlass: Any = vllm_compat.CUTLASS_INT8_KERNEL.get()
@@ -46,43 +43,8 @@ class B200CutlassInt8Kernel(_Cutlass):
             return super().apply_weights(layer, x, bias)
         weight, weight_scale, x_scale, *_ = self._get_layer_params(layer)  # weight [K, N]
         rows = x.reshape(-1, x.shape[-1])
-        out = torch.ops.vllm_b200.int8_linear(rows, weight.t(), weight_scale, x_scale, bias)
+        out = torch.ops.vllm_b200.scaled_linear(rows, weight, weight_scale, x_scale, bias, x.dtype)
         return out.view(*x.shape[:-1], weight.shape[1])
-
-
-torch_library.define(
-    "int8_linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor? x_scale, Tensor? bias) -> Tensor"
-)
-
-
-@torch.library.register_fake("vllm_b200::int8_linear", lib=torch_library)
-def _fake(
-    x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, x_scale: torch.Tensor | None,
-    bias: torch.Tensor | None,
-) -> torch.Tensor:  # fmt: skip
-    return x.new_empty((x.shape[0], weight.shape[0]))
-
-
-@torch.library.impl(torch_library, "int8_linear", "CPU")
-@torch.library.impl(torch_library, "int8_linear", "CUDA")
-def _implementation(
-    x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, x_scale: torch.Tensor | None,
-    bias: torch.Tensor | None,
-) -> torch.Tensor:  # fmt: skip
-    """x [num_tokens, K] bfloat16 or float16, weight [N, K], its scale N elements or 1, x_scale 1 or found per token."""
-    if config := scaled_linear.config(_KIND, x.shape[0], weight.shape):
-        if x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:
-            x = x.clone(memory_format=torch.contiguous_format)
-        if x_scale is None:
-            q, scale, _ = token_quant.per_token_quant(x, torch.int8)
-        else:
-            q, scale = token_quant.per_tensor_quant(x, x_scale, torch.int8), x_scale
-        return small_m_gemm.scaled_linear(
-            q, scale, weight, weight_scale, bias=bias, out_dtype=x.dtype, config=config, pdl=True
-        )
-    q, scale, _ = vllm_compat.INT8_QUANT.get()(x.contiguous(), x_scale, symmetric=True)
-    gemm = vllm_compat.CUTLASS_GEMM.get()
-    return gemm(q, weight.t(), out_dtype=x.dtype, scale_a=scale, scale_b=weight_scale, bias=bias)
 
 
 def _shape(layer: Any) -> tuple[int, int]:

@@ -1,118 +1,221 @@
-"""Feature norm_linear_fusion: (residual addition,) RMSNorm and the FP8 block-scaled linear layer behind it in one op.
+"""Feature norm_linear_fusion: (residual addition and) RMSNorm, or silu_and_mul, and the FP8 or INT8 linear layer behind
+it in one op, whose first kernel does the former and quantises (fused_linear_ops.py).
 
-On Hopper the layer's scales and its GEMM depend on the number of tokens, so the op, opaque to torch.compile, chooses
-both. It norms and quantises in one kernel, which lets the GEMM start early: ours for few tokens then reads its weights
-while that kernel runs.
+Of FP8 block-scaled layers those with DeepGEMM on Hopper; on Blackwell packed_quant_fusion finds them. Of the other FP8
+and of INT8 layers those of the features fp8_linear and int8_linear.
+
+An FP8 layer behind something else that inductor makes a kernel of, a norm that others read for example, gets its
+quantisation back as vLLM has it: inductor takes that into its kernel, which saves a prefill the way through memory.
+Behind attention, which is no kernel of inductor's, the layer's op goes on quantising.
 """
 
+import inspect
 import itertools
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch._higher_order_ops.auto_functionalize import auto_functionalized
 from torch._inductor import pattern_matcher
 
+import vllm_b200_plugin.integration.fused_linear_ops  # noqa: F401 - defines the ops
 from vllm_b200_plugin import vllm_compat
 from vllm_b200_plugin.features import FeatureUnavailable
-from vllm_b200_plugin.integration import fusion_pass, op_override
-from vllm_b200_plugin.integration.fp8_block_op import Engine, gemm, machine, scales_of
-from vllm_b200_plugin.integration.packed_quant_fusion import BLOCK, NORM_EPS, add_norm, norm, norm_is_ours
-from vllm_b200_plugin.ops._library import torch_library
-from vllm_b200_plugin.ops.norm_quant import rms_norm_group_quant
+from vllm_b200_plugin.integration import fusion_pass, op_override, packed_quant_fusion
+from vllm_b200_plugin.integration.fp8_block_op import Engine, machine
+from vllm_b200_plugin.integration.packed_quant_fusion import BLOCK, NORM_EPS
+from vllm_b200_plugin.ops.quant import QUANT_MAX
+from vllm_b200_plugin.ops.token_quant import MAX_HIDDEN_SIZE, MIN_E4M3_SCALE
 
+E4M3_MAX = QUANT_MAX[torch.float8_e4m3fn]
 ENGINES = (Engine.FLASHINFER_DEEP_GEMM, Engine.DEEP_GEMM)
 _ours: Any = torch.ops.vllm_b200
-
-_LAYER = "Tensor norm_weight, Tensor weight, Tensor weight_scale, float norm_eps, ScalarType out_dtype, str engine"
-torch_library.define(f"norm_fp8_block_linear(Tensor x, {_LAYER}) -> Tensor")
-torch_library.define(f"add_norm_fp8_block_linear(Tensor x, Tensor residual, {_LAYER}) -> (Tensor, Tensor)")
+_Tensors = tuple[torch.Tensor, ...]
 
 
-@torch.library.register_fake("vllm_b200::norm_fp8_block_linear", lib=torch_library)
-def _fake(
-    x: torch.Tensor, norm_weight: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, norm_eps: float,
-    out_dtype: torch.dtype, engine: str,
-) -> torch.Tensor:  # fmt: skip
-    return x.new_empty((x.shape[0], weight.shape[0]), dtype=out_dtype)
+@dataclass(frozen=True)
+class _Before:
+    """What comes before a layer.
+
+    prefix: of the op for both. takes: names of the tensors that this op takes. numbers: what it takes behind them.
+    inputs: names of tensors. compute: as vLLM's graphs have it; the layer takes the first result.
+    """
+
+    prefix: str
+    takes: tuple[str, ...]
+    numbers: tuple[float, ...]
+    inputs: tuple[str, ...]
+    compute: Callable[..., _Tensors]
 
 
-@torch.library.register_fake("vllm_b200::add_norm_fp8_block_linear", lib=torch_library)
-def _fake_add(x: torch.Tensor, residual: torch.Tensor, *layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    return _fake(x, *layer), torch.empty_like(x)
+@dataclass(frozen=True)
+class _Layer:
+    """A linear layer.
+
+    op: its name. inputs: names of tensors besides x. alone, fused: the op's arguments behind x, without and with what
+    comes before it; a string is the name of a tensor.
+    """
+
+    op: str
+    inputs: tuple[str, ...]
+    alone: tuple[Any, ...]
+    fused: tuple[Any, ...]
 
 
-@torch.library.impl(torch_library, "norm_fp8_block_linear", "CPU")
-@torch.library.impl(torch_library, "norm_fp8_block_linear", "CUDA")
-def _norm_linear(
-    x: torch.Tensor, norm_weight: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, norm_eps: float,
-    out_dtype: torch.dtype, engine: str, residual: torch.Tensor | None = None, total: torch.Tensor | None = None,
-) -> torch.Tensor:  # fmt: skip
-    layout, ue8m0 = scales_of(engine, x.shape[0])
-    q, scale = rms_norm_group_quant(
-        x, norm_weight, norm_eps, residual=residual, total=total, layout=layout, ue8m0=ue8m0
-    )
-    return gemm(q, scale, weight, weight_scale, out_dtype, engine, ue8m0)
+def _befores() -> Iterator[_Before]:
+    for eps in NORM_EPS:
+        for prefix, producer in (
+            ("norm", packed_quant_fusion.norm(eps)),
+            ("add_norm", packed_quant_fusion.add_norm(eps)),
+        ):
+            yield _Before(prefix, producer.inputs, (eps,), producer.inputs, producer.compute)
+    for silu in (packed_quant_fusion.silu_native, packed_quant_fusion.silu_op):
+        yield _Before("silu", ("x",), (), ("x",), silu)
+    yield _Before("silu", ("x",), (), ("x", "x_scale"), _silu_quant)
 
 
-@torch.library.impl(torch_library, "add_norm_fp8_block_linear", "CPU")
-@torch.library.impl(torch_library, "add_norm_fp8_block_linear", "CUDA")
-def _add_norm_linear(x: torch.Tensor, residual: torch.Tensor, *layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    total = torch.empty_like(x)
-    return _norm_linear(x, *layer, residual=residual, total=total), total
+def _silu_quant(x: torch.Tensor, x_scale: torch.Tensor) -> _Tensors:
+    """vLLM's fused op, which some of its models call by themselves."""
+    out = torch.empty((x.shape[0], x.shape[1] // 2), dtype=torch.float8_e4m3fn, device=x.device)
+    op = torch.ops._C.silu_and_mul_quant.default
+    return (auto_functionalized(op, result=out, input=x, scale=x_scale)[1],)
+
+
+def _layers(dtype: torch.dtype) -> Iterator[_Layer]:
+    for engine in ENGINES:
+        weights, rest = ("weight", "weight_scale"), (dtype, engine)
+        yield _Layer("fp8_block_linear", weights, (*weights, BLOCK, *rest), (*weights, *rest))
+    for x_scale, bias in itertools.product(("x_scale", None), (None, "bias")):
+        arguments = ("weight", "weight_scale", x_scale, bias)
+        names = tuple(name for name in arguments if name is not None)
+        yield _Layer("scaled_linear", names, (*arguments, dtype), (*arguments, dtype))
 
 
 class NormLinearFusion(fusion_pass.FusionPass):
     """The pass."""
 
-    line = "RMSNorm and FP8 block linear", "our fused norm and quantisation", "one op for both"
-    modules = (norm.__module__,)
+    line = "RMSNorm or silu_and_mul, and a quantised linear layer", "one op of ours", "the former quantises"
+    modules = (packed_quant_fusion.__name__,)
 
     def __init__(self, dtype: torch.dtype) -> None:
         """dtype: of the model's activations."""
         super().__init__()
+        self.apart = pattern_matcher.PatternMatcherPass(pass_name="quantisation apart")
         vllm_compat.ENABLE_FAKE_MODE.get()(self._register)(dtype)
 
+    def __call__(self, graph: torch.fx.Graph) -> None:
+        super().__call__(graph)
+        self.apart.apply(graph)
+
     def _register(self, dtype: torch.dtype) -> None:
-        rows = [torch.empty(8, 512, dtype=dtype) for _ in range(2)]
-        norm_weight = torch.empty(512, dtype=dtype)
-        weight, scale = torch.empty(64, 512, dtype=torch.float8_e4m3fn), torch.empty(1, 4, dtype=torch.float32)
-        for with_sum, eps, engine in itertools.product((True, False), NORM_EPS, ENGINES):
-            search, replace = (_with_sum if with_sum else _without)(eps, dtype, engine.value)
-            examples = [*rows[: 1 + with_sum], norm_weight, weight, scale]
-            pattern_matcher.register_replacement(
-                search, replace, examples, pattern_matcher.fwd_only, self.patterns, extra_check=norm_is_ours,
-                skip_duplicates=True,
-            )  # fmt: skip
+        for layer in _layers(dtype):
+            if layer.op == "scaled_linear":
+                self._replace(*_apart(layer), layer, dtype, self.apart, _is_behind_inductor)
+        for before, layer in itertools.product(_befores(), _layers(dtype)):
+            if "x_scale" in before.inputs and "x_scale" not in layer.inputs:
+                continue
+            self._replace(*_together(before, layer), layer, dtype, self.patterns, _is_ours)
+
+    @staticmethod
+    def _replace(
+        search: Callable[..., Any], replace: Callable[..., Any], layer: _Layer, dtype: torch.dtype, patterns: Any,
+        check: Callable[[Any], bool],
+    ) -> None:  # fmt: skip
+        examples = [_example(name, layer, dtype) for name in inspect.signature(search).parameters]
+        pattern_matcher.register_replacement(
+            search, replace, examples, pattern_matcher.fwd_only, patterns, extra_check=check, skip_duplicates=True
+        )
 
 
 _Pair = tuple[Callable[..., Any], Callable[..., Any]]
 
 
-def _with_sum(eps: float, dtype: torch.dtype, engine: str) -> _Pair:
-    compute = add_norm(eps).compute
+def _together(before: _Before, layer: _Layer) -> _Pair:
+    """What to look for and what to put in its place, with the inputs of both as parameters."""
+    names = tuple(dict.fromkeys((*before.inputs, *layer.inputs)))
+    alone = getattr(_ours, layer.op).default
+    fused = getattr(_ours, f"{before.prefix}_{layer.op}").default
 
-    def search(x, residual, norm_weight, weight, weight_scale):
-        normed, total = compute(x, residual, norm_weight)
-        return _ours.fp8_block_linear.default(normed, weight, weight_scale, BLOCK, dtype, engine), total
+    def search(*tensors: torch.Tensor) -> Any:
+        values = dict(zip(names, tensors, strict=True))
+        x, *rest = before.compute(*(values[name] for name in before.inputs))
+        return (alone(x, *_given(layer.alone, values)), *rest)
 
-    def replace(x, residual, norm_weight, weight, weight_scale):
-        return _ours.add_norm_fp8_block_linear.default(
-            x, residual, norm_weight, weight, weight_scale, eps, dtype, engine
-        )
+    def replace(*tensors: torch.Tensor) -> Any:
+        values = dict(zip(names, tensors, strict=True))
+        results = fused(*(values[name] for name in before.takes), *before.numbers, *_given(layer.fused, values))
+        return results if isinstance(results, tuple) else (results,)
 
-    return search, replace
+    return _with_parameters(search, names), _with_parameters(replace, names)
 
 
-def _without(eps: float, dtype: torch.dtype, engine: str) -> _Pair:
-    compute = norm(eps).compute
+def _apart(layer: _Layer) -> _Pair:
+    """The layer as it is, and behind the quantisation of vLLM's QuantFP8 in PyTorch."""
+    names = ("x", *layer.inputs)
+    linear = _ours.scaled_linear.default
 
-    def search(x, norm_weight, weight, weight_scale):
-        return _ours.fp8_block_linear.default(compute(x, norm_weight)[0], weight, weight_scale, BLOCK, dtype, engine)
+    def search(x: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
+        return linear(x, *_given(layer.alone, dict(zip(layer.inputs, tensors, strict=True))))
 
-    def replace(x, norm_weight, weight, weight_scale):
-        return _ours.norm_fp8_block_linear.default(x, norm_weight, weight, weight_scale, eps, dtype, engine)
+    def replace(x: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
+        values = dict(zip(layer.inputs, tensors, strict=True))
+        weight, weight_scale, _, *rest = _given(layer.alone, values)
+        scale = values.get("x_scale")
+        if scale is None:
+            scale = (x.abs().amax(-1, keepdim=True).float() / E4M3_MAX).clamp(min=MIN_E4M3_SCALE)
+        q = (x.float() * scale.reciprocal()).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+        return linear(q, weight, weight_scale, scale, *rest)
 
-    return search, replace
+    return _with_parameters(search, names), _with_parameters(replace, names)
+
+
+def _with_parameters(function: Callable[..., Any], names: tuple[str, ...]) -> Callable[..., Any]:
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    function.__signature__ = inspect.Signature([inspect.Parameter(name, kind) for name in names])  # type: ignore[attr-defined]
+    return function
+
+
+def _given(arguments: tuple[Any, ...], values: dict[str, torch.Tensor]) -> Iterator[Any]:
+    for argument in arguments:
+        if isinstance(argument, Engine):
+            yield argument.value
+        else:
+            yield values[argument] if isinstance(argument, str) else argument
+
+
+def _example(name: str, layer: _Layer, dtype: torch.dtype) -> torch.Tensor:
+    block = layer.op == "fp8_block_linear"
+    shapes = {
+        "norm_weight": (512,),
+        "weight": (64, 512) if block else (512, 64),
+        "weight_scale": (1, 4) if block else (64, 1),
+        "x_scale": (1,),
+        "bias": (64,),
+    }
+    types = {"weight": torch.float8_e4m3fn, "weight_scale": torch.float32, "x_scale": torch.float32}
+    return torch.empty(shapes.get(name, (8, 512)), dtype=types.get(name, dtype))
+
+
+def _is_ours(match: Any) -> bool:
+    """Whether our kernels take what was found."""
+    x = match.kwargs["x"].meta["val"]
+    return packed_quant_fusion.norm_is_ours(match) and x.shape[1] % 32 == 0 and x.shape[1] <= 2 * MAX_HIDDEN_SIZE
+
+
+def _is_behind_inductor(match: Any) -> bool:
+    """Whether an FP8 layer takes what a kernel of inductor's computes."""
+    x, weight = match.kwargs["x"], match.kwargs["weight"]
+    if weight.meta["val"].dtype != torch.float8_e4m3fn or x.meta["val"].dtype == torch.float8_e4m3fn:
+        return False
+    while x.op == "call_function" and (x.target is operator.getitem or _is_view(x.target)):
+        x = x.args[0]
+    return getattr(x.target, "namespace", "") in ("aten", "prims", "vllm_ir")
+
+
+def _is_view(target: Any) -> bool:
+    return getattr(target, "is_view", False) or target is torch.ops.aten.reshape.default
 
 
 def apply() -> None:
@@ -125,8 +228,6 @@ def apply() -> None:
     fusion_pass.add(_make)
 
 
-def _make(config: Any) -> NormLinearFusion | None:
-    if not config.compilation_config.pass_config.fuse_norm_quant:
-        return None
+def _make(config: Any) -> NormLinearFusion:
     machine()
     return NormLinearFusion(config.model_config.dtype)

@@ -89,12 +89,12 @@ def add_norm(eps: float) -> Producer:
     return Producer(("x", "residual", "norm_weight"), compute, fused)
 
 
-def _silu_native(x: torch.Tensor) -> _Tensors:
+def silu_native(x: torch.Tensor) -> _Tensors:
     hidden_size = x.shape[-1] // 2
     return (torch.nn.functional.silu(x[..., :hidden_size]) * x[..., hidden_size:],)
 
 
-def _silu_op(x: torch.Tensor) -> _Tensors:
+def silu_op(x: torch.Tensor) -> _Tensors:
     out = x.new_empty((*x.shape[:-1], x.shape[-1] // 2))
     return (auto_functionalized(torch.ops._C.silu_and_mul.default, result=out, input=x)[1],)
 
@@ -145,7 +145,7 @@ class PackedQuantFusion(fusion_pass.FusionPass):
         if norms:
             producers += [make(eps) for make, eps in itertools.product((add_norm, norm), NORM_EPS)]
         if activations:
-            producers += [Producer(("x",), compute, _fused_silu) for compute in (_silu_native, _silu_op)]
+            producers += [Producer(("x",), compute, _fused_silu) for compute in (silu_native, silu_op)]
         consumers = [_QUANT_OP]
         if machine().layout is ScaleLayout.PACKED_UE8M0:
             consumers.append(_linear(dtype))

@@ -15,6 +15,8 @@ The squares are added in a fixed order, whatever the launch: a tree of neighbour
 four chains that meet in the end. So a row's result does not depend on the rows beside it, and PyTorch gets the same.
 """
 
+from typing import Any
+
 import torch
 
 from vllm_b200_plugin.ops import _library
@@ -63,7 +65,7 @@ def rms_norm_group_quant(
     Raises:
         ValueError: an argument is not as above; the message names it, what came and what is taken.
     """
-    _check(x, weight, residual)
+    _check(x, weight, residual, total)
     check_dtype(dtype)
     if x.dim() != 2:
         raise ValueError(f"x: takes [num_tokens, hidden_size], got {tuple(x.shape)}")
@@ -76,8 +78,6 @@ def rms_norm_group_quant(
     ue8m0 = ue8m0 or layout is ScaleLayout.PACKED_UE8M0
     if ue8m0 and dtype == torch.int8:
         raise ValueError("ue8m0: goes with torch.float8_e4m3fn, got torch.int8")
-    if total is not None and (residual is None or total.shape != x.shape or total.dtype != x.dtype):
-        raise ValueError(f"total: takes {x.dtype} {tuple(x.shape)}, and a residual")
     q = torch.empty(x.shape, dtype=dtype, device=x.device)
     scale = empty_scale(q, group_size, layout)
     options = (norm_eps, group_size, eps, ue8m0, True, gemma, pdl)
@@ -95,6 +95,7 @@ def rms_norm_token_quant(
     dtype: torch.dtype = torch.float8_e4m3fn,
     *,
     residual: torch.Tensor | None = None,
+    total: torch.Tensor | None = None,
     gemma: bool = False,
     scale_ub: torch.Tensor | None = None,
     pdl: bool = False,
@@ -104,14 +105,18 @@ def rms_norm_token_quant(
     Arguments as for `rms_norm_group_quant` and `per_token_quant`; x may have more dimensions. Returns q and scale
     [rows, 1]. Raises ValueError like these.
     """
-    _check(x, weight, residual)
+    _check(x, weight, residual, total)
     check_dtype(dtype)
     if scale_ub is not None and dtype == torch.int8:
         raise ValueError("scale_ub: goes with torch.float8_e4m3fn, got torch.int8")
     q = torch.empty(x.shape, dtype=dtype, device=x.device)
     rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
     scale = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
-    torch.ops.vllm_b200.rms_norm_token_quant(x, residual, weight, q, scale, scale_ub, norm_eps, gemma, pdl)
+    options = (q, scale, scale_ub, norm_eps, gemma, pdl)
+    if total is None:
+        torch.ops.vllm_b200.rms_norm_token_quant(x, residual, weight, *options)
+    else:
+        torch.ops.vllm_b200.add_rms_norm_token_quant(x, residual, weight, total, *options)
     return q, scale
 
 
@@ -123,15 +128,20 @@ def rms_norm_tensor_quant(
     dtype: torch.dtype = torch.float8_e4m3fn,
     *,
     residual: torch.Tensor | None = None,
+    total: torch.Tensor | None = None,
     gemma: bool = False,
     pdl: bool = False,
 ) -> torch.Tensor:
     """RMSNorm of x, or of x + residual, with one given scale, as `per_tensor_quant` quantises. Arguments as above."""
-    _check(x, weight, residual)
+    _check(x, weight, residual, total)
     check_dtype(dtype)
     check_number("scale", scale, torch.float32)
     q = torch.empty(x.shape, dtype=dtype, device=x.device)
-    torch.ops.vllm_b200.rms_norm_tensor_quant(x, residual, weight, q, scale, norm_eps, gemma, pdl)
+    options = (q, scale, norm_eps, gemma, pdl)
+    if total is None:
+        torch.ops.vllm_b200.rms_norm_tensor_quant(x, residual, weight, *options)
+    else:
+        torch.ops.vllm_b200.add_rms_norm_tensor_quant(x, residual, weight, total, *options)
     return q
 
 
@@ -161,7 +171,9 @@ def rms_norm_nvfp4_quant(
     return q, scale
 
 
-def _check(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor | None) -> None:
+def _check(
+    x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor | None, total: torch.Tensor | None = None
+) -> None:
     check_rows("x", x, INPUT_DTYPES)
     if x.shape[-1] > MAX_HIDDEN_SIZE:
         raise ValueError(f"x: the last dimension takes up to {MAX_HIDDEN_SIZE}, got {x.shape[-1]}")
@@ -174,6 +186,8 @@ def _check(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor | None)
                 f"residual: takes {x.dtype} {tuple(x.shape)}, got {residual.dtype} {tuple(residual.shape)}"
             )
         check_rows("residual", residual, INPUT_DTYPES)
+    if total is not None and (residual is None or total.shape != x.shape or total.dtype != x.dtype):
+        raise ValueError(f"total: takes {x.dtype} {tuple(x.shape)}, and a residual")
 
 
 def normalise(
@@ -206,14 +220,14 @@ def _sum_of_squares(x: torch.Tensor) -> torch.Tensor:
 
 
 _INPUTS = "Tensor x, Tensor(a!)? residual, Tensor weight, Tensor(b!) q"
+_ADD_INPUTS = "Tensor x, Tensor residual, Tensor weight, Tensor(a!) total, Tensor(b!) q"
 torch_library.define(
     f"rms_norm_group_quant({_INPUTS}, Tensor(c!) scale, float norm_eps, int group_size, float eps, bool ue8m0, "
     "bool pad, bool gemma, bool pdl=False) -> ()"
 )
 torch_library.define(
-    "add_rms_norm_group_quant(Tensor x, Tensor residual, Tensor weight, Tensor(a!) total, Tensor(b!) q, "
-    "Tensor(c!) scale, float norm_eps, int group_size, float eps, bool ue8m0, bool pad, bool gemma, bool pdl=False)"
-    " -> ()"
+    f"add_rms_norm_group_quant({_ADD_INPUTS}, Tensor(c!) scale, float norm_eps, int group_size, float eps, bool ue8m0, "
+    "bool pad, bool gemma, bool pdl=False) -> ()"
 )
 torch_library.define(
     f"rms_norm_token_quant({_INPUTS}, Tensor(c!) scale, Tensor? scale_ub, float norm_eps, bool gemma, bool pdl=False)"
@@ -221,6 +235,13 @@ torch_library.define(
 )
 torch_library.define(
     f"rms_norm_tensor_quant({_INPUTS}, Tensor scale, float norm_eps, bool gemma, bool pdl=False) -> ()"
+)
+torch_library.define(
+    f"add_rms_norm_token_quant({_ADD_INPUTS}, Tensor(c!) scale, Tensor? scale_ub, float norm_eps, bool gemma, "
+    "bool pdl=False) -> ()"
+)
+torch_library.define(
+    f"add_rms_norm_tensor_quant({_ADD_INPUTS}, Tensor scale, float norm_eps, bool gemma, bool pdl=False) -> ()"
 )
 torch_library.define(
     "rms_norm_nvfp4_quant(Tensor x, Tensor(a!)? residual, Tensor weight, Tensor global_scale, Tensor(b!) q, "
@@ -236,7 +257,9 @@ for _name in (
     "rms_norm_group_quant",
     "add_rms_norm_group_quant",
     "rms_norm_token_quant",
+    "add_rms_norm_token_quant",
     "rms_norm_tensor_quant",
+    "add_rms_norm_tensor_quant",
     "rms_norm_nvfp4_quant",
 ):
     torch.library.register_fake(f"vllm_b200::{_name}", _fake, lib=torch_library)
@@ -271,12 +294,28 @@ def _rms_norm_token_quant_cpu(
     torch.ops.vllm_b200.per_token_quant(normalise(x, residual, weight, norm_eps, gemma), q, scale, None, scale_ub)
 
 
+@torch.library.impl(torch_library, "add_rms_norm_token_quant", "CPU")
+def _add_rms_norm_token_quant_cpu(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, total: torch.Tensor, *arguments: Any
+) -> None:
+    total.copy_(residual)
+    torch.ops.vllm_b200.rms_norm_token_quant(x, total, weight, *arguments)
+
+
 @torch.library.impl(torch_library, "rms_norm_tensor_quant", "CPU")
 def _rms_norm_tensor_quant_cpu(
     x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, q: torch.Tensor, scale: torch.Tensor,
     norm_eps: float, gemma: bool, pdl: bool = False,
 ) -> None:  # fmt: skip
     torch.ops.vllm_b200.per_tensor_quant(normalise(x, residual, weight, norm_eps, gemma), q, scale, None)
+
+
+@torch.library.impl(torch_library, "add_rms_norm_tensor_quant", "CPU")
+def _add_rms_norm_tensor_quant_cpu(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, total: torch.Tensor, *arguments: Any
+) -> None:
+    total.copy_(residual)
+    torch.ops.vllm_b200.rms_norm_tensor_quant(x, total, weight, *arguments)
 
 
 @torch.library.impl(torch_library, "rms_norm_nvfp4_quant", "CPU")
