@@ -119,6 +119,19 @@ def test_a_row_is_the_same_in_any_batch(kind: str) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(7, 3, 640), (5, 300, 2048), (3000, 1, 128)])
+def test_batches_are_quantised_as_their_rows(shape: tuple[int, int, int]) -> None:
+    """Of every batch its first rows: the strides between batches are not those of the rows."""
+    *rows, size = shape
+    x = torch.randn(rows[0], rows[1] + 2, 2 * size, device="cuda").bfloat16()[:, : rows[1]]
+    q = torch.empty(*shape, dtype=E4M3, device="cuda")
+    scale = torch.empty(*rows, size // 128, device="cuda")
+    torch.ops.vllm_b200.gated_group_quant(x, q, scale, 128, 1e-10, False, False, 0, 0.0, 1.0, 0.0, False)
+    expected, expected_scale = gated_group_quant(x.flatten(0, 1))
+    assert torch.equal(bits(q.flatten(0, 1)), bits(expected)) and torch.equal(scale.flatten(0, 1), expected_scale)
+
+
+@pytest.mark.gpu
 def test_pdl_changes_nothing() -> None:
     x = SiluQuantCase(64, 2048).make_input("cuda")
     for _ in range(50):

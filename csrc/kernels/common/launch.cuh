@@ -25,6 +25,13 @@ cudaError_t launch_kernel(void (*kernel)(Params...), dim3 grid, dim3 block, size
   return cudaLaunchKernelEx(&config, kernel, Params(args)...);
 }
 
+// Of the current device.
+inline cudaError_t count_sms(int& sms) {
+  int device = 0;
+  const cudaError_t error = cudaGetDevice(&device);
+  return error == cudaSuccess ? cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device) : error;
+}
+
 #ifdef __CUDACC__
 __device__ __forceinline__ void pdl_wait() { cudaGridDependencySynchronize(); }
 

@@ -89,7 +89,8 @@ struct RowEnd {
 template <typename In, typename End, bool kResidual, int kChunks, bool kEarlyWeight, int kMaxThreads, int kMinBlocks>
 __global__ void __launch_bounds__(kMaxThreads, kMinBlocks)
 rms_norm_quant_kernel(const __grid_constant__ RmsNormQuantParams p) {
-  __shared__ float4 warp_sums[kMaxNormHiddenSize / kWarpColumns / 4];
+  constexpr int kMostParts = kMaxNormHiddenSize / kWarpColumns / 4;
+  __shared__ float4 warp_sums[kMostParts];
   pdl_trigger();
   const int64_t row = blockIdx.x;
   const int warp = threadIdx.x / 32, warps = blockDim.x / 32, lane = threadIdx.x % 32;
@@ -141,11 +142,14 @@ rms_norm_quant_kernel(const __grid_constant__ RmsNormQuantParams p) {
     if (slots < (kChunks * warps + 3) / 4 * 4) reinterpret_cast<float*>(warp_sums)[slots] = 0.0f;
   }
   __syncthreads();
-  float4 chains = warp_sums[0];
-  for (int i = 1; i < (kChunks * warps + 3) / 4; ++i) {
-    const float4 next = warp_sums[i];
-    chains.x = __fadd_rn(chains.x, next.x), chains.y = __fadd_rn(chains.y, next.y);
-    chains.z = __fadd_rn(chains.z, next.z), chains.w = __fadd_rn(chains.w, next.w);
+  float4 part[kMostParts];  // all loads before the first addition
+#pragma unroll
+  for (int i = 0; i < kMostParts; ++i) part[i] = 4 * i < kChunks * warps ? warp_sums[i] : float4{};
+  float4 chains = part[0];
+#pragma unroll
+  for (int i = 1; i < kMostParts; ++i) {
+    chains.x = __fadd_rn(chains.x, part[i].x), chains.y = __fadd_rn(chains.y, part[i].y);
+    chains.z = __fadd_rn(chains.z, part[i].z), chains.w = __fadd_rn(chains.w, part[i].w);
   }
   const float squares = __fadd_rn(__fadd_rn(chains.x, chains.y), __fadd_rn(chains.z, chains.w));
   const float mean = __fdiv_rn(squares, static_cast<float>(p.hidden_size));

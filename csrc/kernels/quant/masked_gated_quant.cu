@@ -9,8 +9,6 @@
 namespace vllm_b200 {
 namespace {
 
-constexpr int kBlocksPerSm = 4;
-
 // The valid rows of up to 32 * kPerLane batches, kPerLane consecutive ones a lane.
 template <int kPerLane>
 struct ValidRows {
@@ -64,23 +62,31 @@ masked_gated_group_quant_kernel(const __grid_constant__ GatedGroupQuantParams p)
 
   const ValidRows<kPerLane> valid(p, lane);
   const int64_t work = static_cast<int64_t>(valid.total) * tiles;
-  for (int64_t item = warp; item < work; item += warps) {
+  if (warp >= work) return;
+  const auto tile_of = [&](int64_t item) {
     const int column_tile = static_cast<int>(item / valid.total);
     int64_t batch, row;
     valid.find(static_cast<int>(item - static_cast<int64_t>(column_tile) * valid.total), lane, batch, row);
-    const int column = column_tile * kWarpColumns + lane * kChunk;
-    const bool in_row = column < p.hidden_size;
-    const Tile<In, Out> tile(p, batch, row, column, column / (kChunk * Quant::kLanesPerScale));
-    Quant::quantize(p, tile, in_row, in_row, lane);
+    return Quant(p, batch, row, column_tile * kWarpColumns + lane * kChunk, true);
+  };
+  Quant tile = tile_of(warp);
+  typename Quant::Source::Raw raw = {};
+  tile.load(p, raw);
+  for (int64_t item = warp; ; item += warps) {  // the loads of the next tile are under way while one is quantised
+    const bool more = item + warps < work;
+    const Quant next = tile_of(more ? item + warps : item);
+    typename Quant::Source::Raw ahead = {};
+    if (more) next.load(p, ahead);
+    tile.quantize(p, raw, lane);
+    if (!more) break;
+    tile = next, raw = ahead;
   }
 }
 
 template <typename In, typename Out, int kGroupSize, ScaleType kScale, int kPerLane>
 cudaError_t launch(const GatedGroupQuantParams& p, cudaStream_t stream) {
-  int device = 0, sms = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
-  if (error != cudaSuccess) return error;
+  int sms = 0;
+  if (const cudaError_t error = count_sms(sms); error != cudaSuccess) return error;
   const int64_t most = p.batches * p.rows * ((p.hidden_size + kWarpColumns - 1) / kWarpColumns);
   const dim3 grid(std::min<int64_t>((most + kMaxWarps - 1) / kMaxWarps, int64_t{sms} * kBlocksPerSm));
   return launch_kernel(masked_gated_group_quant_kernel<In, Out, kGroupSize, kScale, kPerLane>, grid, dim3(32 * kMaxWarps),

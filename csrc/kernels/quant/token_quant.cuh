@@ -21,26 +21,61 @@ __device__ __forceinline__ int ordered(float x) {
 }
 __device__ __forceinline__ float from_ordered(int bits) { return __int_as_float(bits ^ (bits >> 31 & 0x7fffffff)); }
 
+// The smallest and the largest of some numbers, ordered.
+struct Range {
+  int low = 0x7fffffff, high = -0x7fffffff - 1;
+};
+
+__device__ __forceinline__ void widen(Range& range, float low, float high) {
+  range.low = min(range.low, ordered(low)), range.high = max(range.high, ordered(high));
+}
+
 template <typename T>
-__device__ __forceinline__ void widen(int& low, int& high, const Chunk<T>& chunk) {
+__device__ __forceinline__ void widen(Range& range, const Chunk<T>& chunk) {
+  if constexpr (sizeof(T) == 4) {
 #pragma unroll
-  for (int i = 0; i < kChunk / 2; ++i) {
-    const float2 pair = unpack_pair(chunk, i);
-    low = min(low, min(ordered(pair.x), ordered(pair.y)));
-    high = max(high, max(ordered(pair.x), ordered(pair.y)));
+    for (int i = 0; i < kChunk; ++i) widen(range, __uint_as_float(chunk.word[i]), __uint_as_float(chunk.word[i]));
+  } else {
+    using Pair = std::conditional_t<std::is_same_v<T, __nv_bfloat16>, __nv_bfloat162, __half2>;
+    Pair low[Chunk<T>::kWords], high[Chunk<T>::kWords];
+#pragma unroll
+    for (int i = 0; i < Chunk<T>::kWords; ++i) low[i] = high[i] = reinterpret_cast<const Pair&>(chunk.word[i]);
+#pragma unroll
+    for (int half = Chunk<T>::kWords / 2; half > 0; half /= 2) {
+#pragma unroll
+      for (int i = 0; i < half; ++i) {
+        low[i] = __hmin2_nan(low[i], low[i + half]), high[i] = __hmax2_nan(high[i], high[i + half]);
+      }
+    }
+    Chunk<T> ends;
+    ends.word[0] = reinterpret_cast<const uint32_t&>(low[0]), ends.word[1] = reinterpret_cast<const uint32_t&>(high[0]);
+    const float2 lows = unpack_pair(ends, 0), highs = unpack_pair(ends, 1);
+    widen(range, lows.x, highs.x), widen(range, lows.y, highs.y);
   }
 }
 
 // The maximum over the warps of a row. A block of several rows has one warp for each.
-template <typename T>
-__device__ __forceinline__ T row_max(T value, T* shared) {
+__device__ __forceinline__ uint32_t row_max(uint32_t value) {
+  __shared__ uint32_t warps[32];
   value = __reduce_max_sync(kFullWarp, value);
   if (blockDim.x > 32) {
-    if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = value;
+    if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = value;
     __syncthreads();
-    value = __reduce_max_sync(kFullWarp, shared[min(threadIdx.x % 32, blockDim.x / 32 - 1)]);
+    value = __reduce_max_sync(kFullWarp, warps[min(threadIdx.x % 32, blockDim.x / 32 - 1)]);
   }
   return value;
+}
+
+__device__ __forceinline__ Range row_range(Range range) {
+  __shared__ int2 warps[32];
+  range = {__reduce_min_sync(kFullWarp, range.low), __reduce_max_sync(kFullWarp, range.high)};
+  if (blockDim.x > 32) {
+    if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = make_int2(range.low, range.high);
+    __syncthreads();
+    const int2 other = warps[min(threadIdx.x % 32, blockDim.x / 32 - 1)];
+    range = {__reduce_min_sync(kFullWarp, other.x), __reduce_max_sync(kFullWarp, other.y)};
+  }
+  return range;
 }
 
 template <typename T>
@@ -67,13 +102,13 @@ template <TokenQuant kKind, typename Divide, int kChunks, typename Value>
 __device__ __forceinline__ void quantize_row(const Chunk<Value> (&chunk)[kChunks], void* const (&destination)[kChunks],
                                              float* scale_out, int32_t* azp_out, const float* scale_ub) {
   if constexpr (kKind == TokenQuant::kInt8Asymmetric) {
-    __shared__ int lows[32], highs[32];
-    int low = 0x7fffffff, high = -0x7fffffff - 1;
+    Range range;
 #pragma unroll
     for (int i = 0; i < kChunks; ++i) {
-      if (destination[i] != nullptr) widen(low, high, chunk[i]);
+      if (destination[i] != nullptr) widen(range, chunk[i]);
     }
-    const float smallest = from_ordered(~row_max(~low, lows)), largest = from_ordered(row_max(high, highs));
+    range = row_range(range);
+    const float smallest = from_ordered(range.low), largest = from_ordered(range.high);
     const float scale = __fdiv_rn(largest - smallest, 255.0f);
     const bool flat = scale == 0.0f;  // a row of one value stands for 0, whatever its bytes
     const int azp = flat ? 0 : __float2int_rn(-128.0f - __fdiv_rn(smallest, scale));
@@ -84,11 +119,10 @@ __device__ __forceinline__ void quantize_row(const Chunk<Value> (&chunk)[kChunks
     }
     if (threadIdx.x == 0) *scale_out = scale, *azp_out = azp;
   } else {
-    __shared__ uint32_t maxima[32];
     uint32_t amax = 0;
 #pragma unroll
     for (int i = 0; i < kChunks; ++i) amax = max(amax, absmax_bits(chunk[i]));
-    amax = row_max(amax, maxima);
+    amax = row_max(amax);
     float scale;
     if constexpr (kKind == TokenQuant::kE4M3) {
       scale = token_scale_e4m3(amax, scale_ub);
