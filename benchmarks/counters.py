@@ -82,9 +82,14 @@ def parse(output: str) -> Iterator[dict[str, Any]]:
     lines = [line for line in output.splitlines() if line.startswith('"')]
     launches: dict[str, dict[str, Any]] = {}
     for line in csv.DictReader(lines):
-        launch = launches.setdefault(line["ID"], {"kernel": re.split(r"[<(]", line["Kernel Name"])[0]})
+        launch = launches.setdefault(line["ID"], {"kernel": _function(line["Kernel Name"])})
         launch[METRICS[line["Metric Name"]]] = float(line["Metric Value"].replace(",", ""))
     yield from launches.values()
+
+
+def _function(signature: str) -> str:
+    """The name alone of `void ns::<unnamed>::name<int>(Params)`."""
+    return re.split(r"[<(]", signature.replace("<unnamed>", ""))[0].split("::")[-1].split(" ")[-1]
 
 
 if __name__ == "__main__":

@@ -144,8 +144,8 @@ def test_cases_are_chosen_by_name_and_tokens() -> None:
 
 NCU_OUTPUT = """==PROF== Connected to process 7
 "ID","Kernel Name","Metric Name","Metric Unit","Metric Value"
-"0","quant_kernel<float>(Params)","dram__bytes_read.sum","byte","33,554,432"
-"0","quant_kernel<float>(Params)","gpu__time_duration.sum","ns","12000"
+"0","void ns::<unnamed>::quant_kernel<float>(ns::Params)","dram__bytes_read.sum","byte","33,554,432"
+"0","void ns::<unnamed>::quant_kernel<float>(ns::Params)","gpu__time_duration.sum","ns","12000"
 "1","norm_kernel(Params)","gpu__time_duration.sum","ns","900.5"
 """
 

@@ -2,6 +2,8 @@
 
 #include <cuda_runtime.h>
 
+#include <cstdint>
+
 namespace vllm_b200 {
 
 // With pdl, the grid may become resident while its predecessor drains, so the
@@ -34,6 +36,16 @@ inline cudaError_t count_sms(int& sms) {
 
 #ifdef __CUDACC__
 __device__ __forceinline__ void pdl_wait() { cudaGridDependencySynchronize(); }
+
+// Brings a launch's parameters into the constant cache: before the wait, as a miss takes longer than the work of a small
+// launch.
+template <typename Params>
+__device__ __forceinline__ void touch(const Params& params) {
+  const auto* words = reinterpret_cast<const uint32_t*>(&params);
+#pragma unroll
+  for (int i = 0; i < static_cast<int>(sizeof(Params)) / 4; i += 16) asm volatile("" ::"r"(words[i]));
+  asm volatile("" ::"r"(words[sizeof(Params) / 4 - 1]));
+}
 
 // Safe at any point of a kernel whose successors wait: it only lets them become resident.
 __device__ __forceinline__ void pdl_trigger() { cudaTriggerProgrammaticLaunchCompletion(); }
