@@ -45,7 +45,6 @@ __global__ void __launch_bounds__(256) cache_write_kernel(const __grid_constant_
   const int64_t token = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
   const int64_t* slot_address = p.slots + token;
   asm volatile("" ::"l"(slot_address));
-  touch(launch);
   pdl_wait();
   if (token >= p.tokens) return;
   const int64_t slot = *slot_address;

@@ -37,8 +37,8 @@ inline cudaError_t count_sms(int& sms) {
 #ifdef __CUDACC__
 __device__ __forceinline__ void pdl_wait() { cudaGridDependencySynchronize(); }
 
-// Brings a launch's parameters into the constant cache: before the wait, as a miss takes longer than the work of a small
-// launch.
+// Reads a launch's parameters, of which every line of the constant cache misses once: before the wait, behind the
+// predecessor.
 template <typename Params>
 __device__ __forceinline__ void touch(const Params& params) {
   const auto* words = reinterpret_cast<const uint32_t*>(&params);

@@ -34,8 +34,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps) group_quant_kernel(const __gri
 
   // The addresses before the wait: reading the launch's parameters takes as long as the work.
   Tile<In, Out> tile(p, batch, row, column, scale_column);
-  asm volatile("" ::"l"(tile.x), "l"(tile.q), "l"(tile.scale));
-  touch(p);
+  asm volatile("" ::"l"(tile.x), "l"(tile.q), "l"(tile.scale), "l"(p.rows), "f"(p.eps));
   pdl_wait();
 
   while (row < p.padded_rows) {
