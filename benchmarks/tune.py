@@ -28,7 +28,7 @@ from benchmarks.cases.gemm import (
 from benchmarks.ceilings import measure_ceilings
 from benchmarks.compare import read_record
 from benchmarks.environment import environment
-from benchmarks.families import Missing, Run, bf16_gemm, fp8_block_linear, fp8_tensor_gemm, int8_linear, nvfp4_linear
+from benchmarks.families import Missing, Run, bf16_gemm, fp8_block_linear, fp8_linear, int8_linear, nvfp4_linear
 from benchmarks.families._common import Returned
 from benchmarks.kernels import show
 from benchmarks.runner import run_case
@@ -40,13 +40,13 @@ from vllm_b200_plugin.ops.small_m_gemm import Config
 
 NUM_TOKENS = (1, 2, 4, 8, 16, 32)
 MAX_WEIGHT_BYTES = 36 << 20  # beyond, libraries read most weights at the speed of memory: timed where --only names one
-CLEARLY = 0.9  # of the best peer's time; what lies between is noise or another GPU's luck
+CLEARLY = 0.95  # of the best peer's time; what lies between is noise or another GPU's luck
 TABLE = Path(__file__).parents[1] / "vllm_b200_plugin" / "small_m_table.py"
 # kind -> family of its peers, shapes, bytes of an element
 KINDS: dict[str, tuple[ModuleType, tuple[tuple[int, int], ...], float]] = {
     "fp8_block": (fp8_block_linear, FP8_BLOCK_SHAPES, 1),
     "bf16": (bf16_gemm, BF16_SHAPES, 2),
-    "fp8": (fp8_tensor_gemm, FP8_TENSOR_SHAPES, 1),
+    "fp8": (fp8_linear, FP8_TENSOR_SHAPES, 1),
     "int8": (int8_linear, INT8_SHAPES, 1),
     "nvfp4": (nvfp4_linear, NVFP4_SHAPES, 0.5),
 }
@@ -74,6 +74,18 @@ def likely_cuts(n: int, row_bytes: int, num_tokens: int, sms: int = 132) -> Iter
                 yield Config(row_tiles, warps, cluster, 2)
 
 
+def stream_cuts(n: int, row_bytes: int, num_tokens: int, sms: int = 132) -> Iterator[Config]:
+    """Of the kernel that streams the weight: every one that gives each multiprocessor rows and has room."""
+    if row_bytes % small_m_gemm.STREAM_BYTES or num_tokens > small_m_gemm.MAX_STREAM_TOKENS or n < 8 * sms:
+        return
+    for row_tiles, warps, stages in product((1, 2, 4), (8, 16), (3, 4, 6)):
+        token_tiles = -(-num_tokens // 8)
+        room = stages * 16 * (2048 + 64) + 512 * warps * row_tiles * token_tiles <= 220 << 10
+        fits = warps == 8 or row_tiles * token_tiles <= 4
+        if room and fits and (row_tiles == 1 or n > 8 * row_tiles * sms):
+            yield Config(row_tiles, warps, 1, 0, stages)
+
+
 def ours(kind: str, config: Config, quantise_first: bool) -> Callable[[GemmCase, int], Run]:
     def make(case: GemmCase, seed: int) -> Run:
         tensors = _operands(kind, case, seed)
@@ -90,8 +102,7 @@ def ours(kind: str, config: Config, quantise_first: bool) -> Callable[[GemmCase,
         elif kind == "fp8":
 
             def call() -> torch.Tensor:
-                x, weight, x_scale, scale = tensors
-                return small_m_gemm.scaled_linear(x, x_scale, weight, scale, config=config, pdl=True)
+                return fp8_linear.linear(*tensors, config)
         elif kind == "int8":
 
             def call() -> torch.Tensor:
@@ -120,7 +131,8 @@ def _operands(kind: str, case: GemmCase, seed: int) -> tuple[torch.Tensor, ...]:
 
 
 def _name(config: Config, quantise_first: bool) -> str:
-    return f"ours {'q ' if quantise_first else ''}{' '.join(map(str, config))}"
+    fields = config if config.stages else config[:-1]
+    return f"ours {'q ' if quantise_first else ''}{' '.join(map(str, fields))}"
 
 
 def measure(
@@ -148,8 +160,11 @@ def _measure_case(
     peers = {name: make for name, make in family.IMPLEMENTATIONS.items() if not name.startswith("ours")}
     peers = {name: make for name, make in peers.items() if not names or name in names}
     cuts = list(likely_cuts(case.n, int(case.k * size), case.num_tokens))
-    ways = {"fp8_block": [True] if case.num_tokens > 8 else [False, True], "int8": [True]}.get(kind, [False])
+    ways = {"fp8_block": [True] if case.num_tokens > 8 else [False, True]}.get(kind, [kind in ("fp8", "int8")])
     variants = {_name(cut, way): ours(kind, cut, way) for way in ways for cut in cuts}
+    if kind != "nvfp4":
+        streams = stream_cuts(case.n, int(case.k * size), case.num_tokens)
+        variants |= {_name(cut, ways[-1]): ours(kind, cut, ways[-1]) for cut in streams}
     one = SimpleNamespace(OP=family.OP, record=family.record, check=family.check)
     if len(variants) > most_cuts:  # all of them, briefly; then the best ones beside the peers
         one.IMPLEMENTATIONS = variants

@@ -139,7 +139,7 @@ def _norm_group(m: Model, h: torch.Tensor, pdl: bool, seen: list[torch.Tensor]) 
     packed = ScaleLayout.PACKED_UE8M0
     seen += [total, *rms_norm_group_quant(h, m.norm, EPS, residual=m.residual, total=total, layout=packed, pdl=pdl)]
     q, scale = rms_norm_group_quant(h, m.norm, EPS, residual=m.residual, pdl=pdl)
-    return _block(m, q, scale, pdl, Config(2, 8, 2, 0))
+    return _block(m, q, scale, pdl, Config(2, 8, stages=3))
 
 
 def _norm_token(m: Model, h: torch.Tensor, pdl: bool, seen: list[torch.Tensor]) -> torch.Tensor:

@@ -24,7 +24,7 @@ from vllm_b200_plugin.ops.gemm import fp8_block_scaled_mm
 from vllm_b200_plugin.ops.moe import fp8_block_scaled_moe
 from vllm_b200_plugin.ops.nvfp4_quant import nvfp4_dequant, nvfp4_quant
 from vllm_b200_plugin.ops.quant import ScaleLayout, per_token_group_quant
-from vllm_b200_plugin.ops.token_quant import per_token_quant
+from vllm_b200_plugin.ops.token_quant import per_tensor_quant, per_token_quant
 from vllm_b200_plugin.ops.topk import select_experts
 
 RECORD_KEYS = {"m", "n", "k", "dtype", "layout", "bytes", "flops"}
@@ -47,6 +47,7 @@ SMALL: dict[str, list[Any]] = {
     "fp8_tensor_gemm": [GEMM],
     "fp8_block_gemm": [GEMM],
     "fp8_block_linear": [GEMM],
+    "fp8_linear": [GEMM],
     "int8_linear": [GEMM],
     "nvfp4_linear": [GEMM],
     "moe_align": [MoeAlignCase(3, 64, 16), MoeAlignCase(40, 16, 64)],
@@ -318,6 +319,11 @@ def _naive_fp8_block_gemm(family: ModuleType, case: GemmCase) -> tuple[torch.Ten
 def _naive_fp8_block_linear(family: ModuleType, case: GemmCase) -> tuple[torch.Tensor, ...]:
     x, weight, scale = family._operands(case, 0)
     return (fp8_block_scaled_mm(*per_token_group_quant(x, ue8m0=True), weight, scale),)
+
+
+def _naive_fp8_linear(family: ModuleType, case: GemmCase) -> tuple[torch.Tensor, ...]:
+    x, weight, x_scale, weight_scale = family._operands(case, 0)
+    return ((per_tensor_quant(x, x_scale).float() @ weight.float().t() * x_scale * weight_scale).bfloat16(),)
 
 
 def _naive_int8_linear(family: ModuleType, case: GemmCase) -> tuple[torch.Tensor, ...]:

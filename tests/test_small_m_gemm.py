@@ -20,6 +20,7 @@ CONFIGS = [
     for row_tiles, warps, cluster, chunks in itertools.product((1, 2, 4), (1, 3, 8), (1, 2, 4, 8), (0, 1, 3, 4))
     if not chunks or warps % chunks == 0
 ]
+STREAMS = [Config(*cut[:2], stages=cut[2]) for cut in itertools.product((1, 2, 4), (8, 16), (2, 3, 4))]
 
 
 def operands(case: SmallMCase, device: str = "cpu") -> dict[str, torch.Tensor]:
@@ -131,6 +132,40 @@ def test_every_cut_gives_the_result_and_the_same_bits_again(kind, num_tokens):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["fp8_block", "fp8", "int8", "bf16", "fp16"])
+@pytest.mark.parametrize("n", [7, 1100, 4333])  # one row tile, one turn of a block, several
+@pytest.mark.parametrize("num_tokens", [1, 8, 9, 16])
+def test_every_way_of_streaming_gives_the_result_and_the_same_bits_again(kind, num_tokens, n):
+    case = SmallMCase(kind, num_tokens, n, 2432 if kind in ("fp8_block", "fp8", "int8") else 1216)
+    tensors = operands(case, "cuda")
+    if kind == "fp8_block":
+        tensors["x"], tensors["x_scale"] = per_token_group_quant(tensors["x"])
+    expected = call(case, {name: tensor.cpu() for name, tensor in tensors.items()}, out_dtype=FP32)
+    for config, pdl in itertools.product(STREAMS, (False, True)):
+        if config.row_tiles == 4 and config.warps == 16 and num_tokens > 8:
+            continue
+        out = call(case, tensors, out_dtype=FP32, config=config, pdl=pdl)
+        assert_close(out, expected)
+        assert torch.equal(out, call(case, tensors, out_dtype=FP32, config=config, pdl=pdl))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "config, num_tokens, k",
+    [
+        (Config(stages=3), 17, 256),
+        (Config(stages=3), 8, 320),
+        (Config(1, 4, stages=3), 8, 256),
+        (Config(stages=9), 8, 256),
+    ],
+)
+def test_what_cannot_be_streamed_is_refused(config, num_tokens, k):
+    case = SmallMCase("fp8", num_tokens, 40, k)
+    with pytest.raises(RuntimeError, match="small_m_gemm"):
+        call(case, operands(case, "cuda"), config=config)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["fp8_block", "fp8", "int8", "bf16"])
 @pytest.mark.parametrize("k", [256, 896])
 def test_every_number_of_rows_and_tokens(kind, k):
@@ -208,10 +243,11 @@ def test_no_tokens(device, kind):
 
 
 @pytest.mark.gpu
-def test_graph_replays_give_the_same_bits():
+@pytest.mark.parametrize("config", [Config(1, 14, 1, 0), Config(2, 8, stages=3)])
+def test_graph_replays_give_the_same_bits(config):
     case = SmallMCase("fp8_block", 2, 2112, 7168)
     tensors = operands(case, "cuda")
-    config = Config(1, 14, 1, 0)
+    tensors["x"], tensors["x_scale"] = per_token_group_quant(tensors["x"])
     expected = call(case, tensors, config=config, pdl=True)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -234,7 +270,11 @@ def test_a_chain_with_pdl_sees_what_its_predecessor_wrote():
         for i in range(12):
             arguments = {name: weights[i % 4][name] for name in ("weight", "weight_scale")}
             weight, scale = arguments["weight"][:, :2048], arguments["weight_scale"][:, :16]
-            x = call(case, {"x": x, "weight": weight, "weight_scale": scale}, pdl=pdl)
+            tensors, config = {"x": x}, Config()
+            if i % 3 == 0:
+                config = Config(1, 16, stages=4)
+                tensors["x"], tensors["x_scale"] = per_token_group_quant(x)
+            x = call(case, tensors | {"weight": weight, "weight_scale": scale}, pdl=pdl, config=config)
             x = x / x.abs().max() if i == 5 else x * 2**-6
         return x
 
@@ -244,16 +284,17 @@ def test_a_chain_with_pdl_sees_what_its_predecessor_wrote():
 
 
 @pytest.mark.gpu
-def test_two_streams():
+@pytest.mark.parametrize("config", [Config(2, 8, 4, 1), Config(2, 8, stages=4)])
+def test_two_streams(config):
     case = SmallMCase("bf16", 4, 2048, 4096)
     tensors = operands(case, "cuda")
-    expected = call(case, tensors, config=Config(2, 8, 4, 1), pdl=True)
+    expected = call(case, tensors, config=config, pdl=True)
     torch.cuda.synchronize()
     streams, outputs = [torch.cuda.Stream(), torch.cuda.Stream()], []
     for _ in range(50):
         for stream in streams:
             with torch.cuda.stream(stream):
-                outputs.append(call(case, tensors, config=Config(2, 8, 4, 1), pdl=True))
+                outputs.append(call(case, tensors, config=config, pdl=True))
     torch.cuda.synchronize()
     assert all(torch.equal(out, expected) for out in outputs)
 

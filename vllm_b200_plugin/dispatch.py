@@ -232,7 +232,7 @@ class SmallMChoice:
 
     kernel: str
     reason: str
-    config: tuple[int, int, int, int] = (1, 8, 1, 0)
+    config: tuple[int, ...] = (1, 8, 1, 0)
     quantise_first: bool = False
 
 

@@ -74,8 +74,11 @@ FP8_BLOCK_SHAPES = (
     (2112, 7168),  # DeepSeek-V3: fused_qkv_a,
     (576, 7168),  # kv_a alone,
     (3072, 1536),  # q_b, TP8,
-    (7168, 2048),  # o, TP8,
-    (4608, 7168),  # gate and up of the dense layers, TP8
+    (24576, 1536),  # q_b whole,
+    (7168, 2048),  # o, TP8, and down of the shared expert,
+    (7168, 16384),  # o whole,
+    (4096, 7168),  # gate and up of the shared expert,
+    (4608, 7168),  # those of the dense layers, TP8
     (5120, 2048),  # Qwen3-30B-A3B: qkv,
     (2048, 4096),  # o
     (6144, 4096),  # Llama-3.1-8B: qkv,

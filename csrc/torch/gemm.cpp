@@ -122,12 +122,13 @@ void small_m_gemm_op(const Tensor& x, const std::optional<Tensor>& x_scale, cons
   params.pdl = pdl;
   params.output = output_type(out);
 
-  STD_TORCH_CHECK(config.size() == 4, "config: takes row_tiles, warps, cluster and chunks");
+  STD_TORCH_CHECK(config.size() == 5, "config: takes row_tiles, warps, cluster, chunks and stages");
   GemmConfig cut;
   cut.row_tiles = static_cast<int>(config[0]);
   cut.warps = static_cast<int>(config[1]);
   cut.cluster = static_cast<int>(config[2]);
   cut.chunks = static_cast<int>(config[3]);
+  cut.stages = static_cast<int>(config[4]);
 
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   check_launch(small_m_gemm(params, format, quantize, cut, current_stream(x.get_device_index())), "small_m_gemm");

@@ -66,7 +66,7 @@ void nvfp4_gemm_op(const Tensor& x, const Tensor& weight, const Tensor& weight_s
     case ScalarType::Float: params.output = GemmOutput::kFloat; break;
     default: STD_TORCH_CHECK(false, "out: takes bfloat16, float16 or float32");
   }
-  STD_TORCH_CHECK(config.size() == 4, "config: takes row_tiles, warps, cluster and chunks");
+  STD_TORCH_CHECK(config.size() == 5 && config[4] == 0, "config: takes row_tiles, warps, cluster, chunks and no stages");
   const GemmConfig cut = {static_cast<int>(config[0]), static_cast<int>(config[1]), static_cast<int>(config[2]),
                           static_cast<int>(config[3])};
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());

@@ -15,6 +15,8 @@ from vllm_b200_plugin.ops.quant import per_token_group_quant
 
 MAX_TOKENS = 32
 MAX_QUANTISED_TOKENS = 8  # of a bfloat16 x under block scales
+MAX_STREAM_TOKENS = 16  # of a config with stages
+STREAM_BYTES = 128  # a config with stages needs rows of a multiple of it
 GROUP = 128
 
 _OP = "small_m_gemm"
@@ -23,18 +25,23 @@ _FP8, _INT8 = torch.float8_e4m3fn, torch.int8
 
 
 class Config(NamedTuple):
-    """How the kernel cuts the work; every combination gives the right result, the shape decides which is fast.
+    """How the work is cut; every combination gives the right result, the shape decides which is fast.
 
-    row_tiles: rows of the weight that a block of threads takes, in sixteens: 1, 2 or 4.
-    warps: of a block, 1 to 16 (8 where row_tiles * num_tokens is more than 32); they split K.
-    cluster: blocks that split K, 1, 2, 4 or 8.
+    There are two kernels. A block of one asks for its part of the weight at once, which is for weights of a few
+    megabytes. A block of the other, with `stages`, has a multiprocessor to itself and streams its part through buffers.
+
+    row_tiles: rows of the weight that a block of threads takes at a time, in sixteens: 1, 2 or 4.
+    warps: of a block, 1 to 16 (8 where row_tiles * num_tokens is more than 32); they split K. With stages 8 or 16.
+    cluster: blocks that split K, 1, 2, 4 or 8. Without meaning with stages, as is chunks.
     chunks: copies that a row of the weight comes in, through the bulk copy engine, a divisor of warps; 0 for cp.async.
+    stages: buffers, from 2 on, 0 for the first kernel. At most 16 tokens, weight rows a multiple of 128 bytes long.
     """
 
     row_tiles: int = 1
     warps: int = 8
     cluster: int = 1
     chunks: int = 0
+    stages: int = 0
 
 
 _PLAIN = Config()

@@ -13,7 +13,8 @@ What vLLM's kernels do beyond that, and ours with them:
 
 - SOFTMAX and SIGMOID (topk_softmax, topk_sigmoid): a score that is NaN or Inf counts as 0. So a row with a NaN gets
   experts 0 to topk - 1 at weight 0 from a softmax. A sum of 0 divides as 1.
-- TANH_SIGMOID and NONE (grouped_topk): a NaN is the largest choice there is. The sum gets 1e-20 added.
+- TANH_SIGMOID and NONE (grouped_topk): with groups a NaN is the largest choice there is, without it is passed over (it
+  counts as -Inf). The sum gets 1e-20 added.
 - Rows that are padding get expert -1; their weights are what the logits say, with TANH_SIGMOID and NONE 0.
 
 The biases have to be finite: with -Inf, which of the experts without a chance is chosen is left open.
@@ -186,6 +187,8 @@ def select_reference(
     score, plain = scores(x, Scoring(scoring)), scoring < Scoring.TANH_SIGMOID
     if plain:
         score = score.masked_fill(~score.isfinite(), 0.0)
+    elif num_groups == 1:
+        score = score.masked_fill(score.isnan(), -torch.inf)
     choice = score if bias is None else score + bias.to(score.dtype)
     if num_groups > 1:
         groups = choice.view(num_tokens, num_groups, -1)

@@ -5,9 +5,9 @@
 #include "../common/async_copy.cuh"
 #include "../common/launch.cuh"
 #include "../quant/quantizers.cuh"
+#include "gemm_common.cuh"
 #include "mma.cuh"
 #include "nvfp4.cuh"
-#include "small_m_gemm.h"
 
 // y = x w^T for few rows of x: the time is that of reading w once, so everything else is kept short.
 //
@@ -17,7 +17,6 @@
 
 namespace vllm_b200 {
 
-constexpr int kPiece = 128;       // bytes of K that a warp multiplies in one step; the scale group of e4m3
 constexpr int kRowPadding = 64;   // between rows in shared memory: the 16-byte reads of two rows meet no bank twice
 constexpr int kWidePadding = 16;  // the same for x in fp16, of which a lane reads 32 bytes
 
@@ -59,28 +58,6 @@ inline GemmPlan make_gemm_plan(const GemmConfig& config, bool quantize, bool nvf
   plan.size = plan.barriers + 8 * (config.chunks + 1);
   return plan;
 }
-
-__device__ __forceinline__ float e8m0_to_float(uint32_t exponent) {
-  return __uint_as_float(exponent == 0 ? 0x00400000u : exponent == 255 ? 0x7fffffffu : exponent << 23);
-}
-
-__device__ __forceinline__ float load_scale(const void* scale, bool packed, int64_t row_offset, int group,
-                                            int64_t stride_group) {
-  if (!packed) return static_cast<const float*>(scale)[row_offset + group * stride_group];
-  const uint32_t word = static_cast<const uint32_t*>(scale)[row_offset + group / 4 * stride_group];
-  return e8m0_to_float(word >> group % 4 * 8 & 0xff);
-}
-
-template <typename T>
-__device__ __forceinline__ void store_output(const SmallMGemmParams& p, int token, int row, float value) {
-  if (p.bias != nullptr) value += static_cast<float>(static_cast<const T*>(p.bias)[row]);
-  static_cast<T*>(p.y)[token * p.y_stride + row] = static_cast<T>(value);
-}
-
-template <GemmFormat kFormat>
-constexpr int kElementBits = kFormat == GemmFormat::kBFloat16 || kFormat == GemmFormat::kHalf ? 16
-                             : kFormat == GemmFormat::kNvFp4                                  ? 4
-                                                                                              : 8;
 
 // One lane's 16 elements of a group of x: to e4m3 by the arithmetic of group_quant.cu, widened to fp16. The eight lanes of
 // a group call it together; returns the group's scale.
@@ -173,12 +150,12 @@ __global__ void __launch_bounds__(kRowTiles * kTokenTiles > 4 ? 256 : 512, 1)
       for (int i = 0; i <= plan.chunks; ++i) barrier_init(barriers + 8 * i, 1);
       barrier_init_fence();
       if (plan.cluster > 1 && rank == 0) {
-        barrier_arrive_expect(cluster_barrier, (plan.cluster - 1) * p.m * kRows * sizeof(Accumulator));
+        barrier_expect(cluster_barrier, (plan.cluster - 1) * p.m * kRows * sizeof(Accumulator));
       }
 #pragma unroll 1
       for (int i = 0; i < plan.chunks; ++i) {
         const int bytes = min(chunk_bytes, k_bytes - block_column - i * chunk_bytes);
-        if (bytes > 0) barrier_arrive_expect(barriers + 8 * i, rows * bytes);
+        if (bytes > 0) barrier_expect(barriers + 8 * i, rows * bytes);
       }
     }
     if (plan.cluster > 1) cluster_arrive();
@@ -190,7 +167,7 @@ __global__ void __launch_bounds__(kRowTiles * kTokenTiles > 4 ? 256 : 512, 1)
         if (bytes <= 0) break;
         if (lane == 0) {
           for (int row = warp; row < rows; row += plan.warps) {
-            copy_bulk(shared_address(smem) + row * plan.w_row + offset, w_tile + row * w_stride + block_column + offset,
+            bulk_copy(shared_address(smem) + row * plan.w_row + offset, w_tile + row * w_stride + block_column + offset,
                       bytes, barriers + 8 * i);
           }
         }
@@ -474,18 +451,9 @@ __global__ void __launch_bounds__(kRowTiles * kTokenTiles > 4 ? 256 : 512, 1)
     if (i % 4 != 0 || row >= p.n) continue;
 #pragma unroll 1
     for (int r = 0; r < plan.cluster - 1; ++r) total += partial[r * p.m * kRows + i / 4];
-    float value = static_cast<float>(total);
-    if constexpr (kFormat == GemmFormat::kE4M3 || kFormat == GemmFormat::kInt8) {
-      value *= static_cast<const float*>(p.w_scale)[row * p.w_scale_stride_row];
-      value *= static_cast<const float*>(p.x_scale)[token * p.x_scale_stride_row];
-    } else if constexpr (kNvFp4) {
-      value *= kNvFp4Unit * static_cast<const float*>(p.w_scale)[row * p.w_scale_stride_row];
-    }
-    switch (p.output) {
-      case GemmOutput::kBFloat16: store_output<__nv_bfloat16>(p, token, row, value); break;
-      case GemmOutput::kHalf: store_output<__half>(p, token, row, value); break;
-      case GemmOutput::kFloat: store_output<float>(p, token, row, value); break;
-    }
+    ResultScale<kFormat> scale;
+    scale.load(p, token, row);
+    store_result(p, token, row, scale.apply(static_cast<float>(total)));
   }
 }
 

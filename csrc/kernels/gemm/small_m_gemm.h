@@ -20,10 +20,11 @@ enum class GemmOutput { kBFloat16, kHalf, kFloat };
 // How the work is cut. Every combination gives the right result; which is fast
 // depends on the shape.
 struct GemmConfig {
-  int row_tiles = 1;  // 16 rows of w each, 1, 2 or 4: what one block of threads computes
+  int row_tiles = 1;  // 16 rows of w each, 1, 2 or 4: what one block of threads computes at a time
   int warps = 8;      // of a block; they split K
   int cluster = 1;    // blocks that split K
   int chunks = 0;     // copies that a row of w comes in, through the bulk copy engine; 0: cp.async
+  int stages = 0;     // not 0: stream_gemm.cuh with so many buffers, from 2 on; warps is 8 or 16, cluster and chunks have no meaning
 };
 
 // y [m, n] = x [m, k] w [n, k]^T, scaled, + bias [n]. Strides in elements.
@@ -55,6 +56,7 @@ struct SmallMGemmParams {
 };
 
 constexpr int kSmallGemmMaxTokens = 32;
+constexpr int kStreamGemmMaxTokens = 16;
 constexpr int kSmallGemmMaxQuantizedTokens = 8;
 
 // quantize: x is bf16 and quantised on the way, for kE4M3Block and m up to kSmallGemmMaxQuantizedTokens.

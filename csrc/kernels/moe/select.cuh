@@ -164,6 +164,16 @@ __device__ __forceinline__ void make_scores(float (&x)[kSize]) {
   }
 }
 
+// As in vLLM: without groups grouped_topk passes over a NaN, with groups it is the largest choice there is.
+template <Scoring kScoring, int kSize>
+__device__ __forceinline__ void pass_over_nan(const SelectParams& p, float (&x)[kSize]) {
+  if constexpr (kIsGrouped<kScoring>) {
+    if (p.num_groups > 1) return;
+#pragma unroll
+    for (int j = 0; j < kSize; ++j) x[j] = x[j] == x[j] ? x[j] : -kInfinity;
+  }
+}
+
 // Removes the experts outside of the topk_group best groups; a group is worth its two best candidates.
 template <int kQuads>
 __device__ __forceinline__ void keep_best_groups(const SelectParams& p, int lane, Candidates<kQuads>& candidates) {
@@ -263,6 +273,7 @@ __device__ __forceinline__ void select_row(const SelectParams& p, const SelectOu
                                            const float (&bias)[4 * kQuads], float (&x)[4 * kQuads]) {
   const int lane = threadIdx.x % 32;
   make_scores<kScoring>(x);
+  pass_over_nan<kScoring>(p, x);
 
   Candidates<kQuads> candidates;
 #pragma unroll

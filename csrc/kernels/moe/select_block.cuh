@@ -58,6 +58,7 @@ __device__ __forceinline__ void select_row_by_block(const SelectParams& p, const
 
   float score[1] = {logit};
   make_scores<kScoring>(score);
+  pass_over_nan<kScoring>(p, score);
   const uint32_t choice = expert >= 0 ? ordered(score[0] + bias) : 0;
   choices[warp][lane] = choice;
   __syncwarp();

@@ -15,7 +15,8 @@ enum class IndexType : int32_t { kInt32, kInt64 };  // uint32 has the bits of in
 // How vLLM's ops make scores of logits. Both sigmoids are the same function;
 // they differ in the last bits. The first two are those of topk_softmax and
 // topk_sigmoid, where scores that are NaN or Inf count as 0; the others those of
-// grouped_topk, where a NaN is the largest choice there is.
+// grouped_topk, where a NaN is the largest choice there is, or without groups the
+// smallest.
 enum class Scoring : int32_t {
   kSoftmax,
   kSigmoid,      // 1 / (1 + exp(-x))
