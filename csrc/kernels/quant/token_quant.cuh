@@ -13,6 +13,12 @@ namespace {
 
 constexpr int kRowsPerBlock = 4;  // where a row is a warp
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+constexpr int kThreadsOfSm = 1536;
+#else
+constexpr int kThreadsOfSm = 2048;
+#endif
+
 // Fp32 as an int that orders alike; NaN lies beyond the infinity of its sign.
 __device__ __forceinline__ int ordered(float x) {
   const int bits = __float_as_int(x);
@@ -158,7 +164,8 @@ __device__ __forceinline__ void quantize_with(const Values& chunk, float scale, 
 
 // A block: one row of blockDim.x threads, or blockDim.y rows of a warp each.
 template <typename Source, TokenQuant kKind, int kChunks, int kMaxThreads, int kMinBlocks>
-__global__ void __launch_bounds__(kMaxThreads, kMinBlocks) token_quant_kernel(const __grid_constant__ TokenQuantParams p) {
+__global__ void __launch_bounds__(kMaxThreads, std::min(kMinBlocks, kThreadsOfSm / kMaxThreads))
+token_quant_kernel(const __grid_constant__ TokenQuantParams p) {
   pdl_trigger();
   const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
   const auto* x = static_cast<const typename Source::Input*>(p.x) + row * p.x_stride_row;
@@ -185,7 +192,8 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks) token_quant_kernel(co
 }
 
 template <typename Source, TokenQuant kKind, int kMaxThreads, int kMinBlocks>
-__global__ void __launch_bounds__(kMaxThreads, kMinBlocks) tensor_quant_kernel(const __grid_constant__ TokenQuantParams p) {
+__global__ void __launch_bounds__(kMaxThreads, std::min(kMinBlocks, kThreadsOfSm / kMaxThreads))
+tensor_quant_kernel(const __grid_constant__ TokenQuantParams p) {
   pdl_trigger();
   const int64_t column = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) * Source::kSize;
   int64_t row = static_cast<int64_t>(blockIdx.y) * blockDim.y + threadIdx.y;
