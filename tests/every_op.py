@@ -13,8 +13,8 @@ from vllm_b200_plugin.ops.gated_quant import (
     gated_token_quant,
     masked_silu_group_quant,
 )
-from vllm_b200_plugin.ops.moe import few_tokens_moe
 from vllm_b200_plugin.ops.moe_align import batched_moe_align_block_size, moe_align_block_size
+from vllm_b200_plugin.ops.moe_few_tokens import ExpertFormat, few_tokens_moe
 from vllm_b200_plugin.ops.moe_sum import moe_sum
 from vllm_b200_plugin.ops.norm_quant import rms_norm_group_quant, rms_norm_tensor_quant, rms_norm_token_quant
 from vllm_b200_plugin.ops.quant import ScaleLayout, empty_scale, per_token_group_quant
@@ -44,7 +44,8 @@ class Model:
         self.device = device
         self.square, self.square_scale = blocks(HIDDEN, HIDDEN)
         self.down, self.down_scale = blocks(HIDDEN, INTERMEDIATE)
-        self.w13, self.w2 = blocks(EXPERTS, 2 * INTERMEDIATE, HIDDEN), blocks(EXPERTS, HIDDEN, INTERMEDIATE)
+        experts = (EXPERTS, 2 * INTERMEDIATE, HIDDEN), (EXPERTS, HIDDEN, INTERMEDIATE)
+        self.w13, self.w2 = (blocks(*shape) for shape in experts)
         self.square_int8 = (normal(HIDDEN, HIDDEN) * 1000).to(INT8).to(device)
         self.plain = {
             columns: normal(rows, columns).to(BF16).to(device)
@@ -58,6 +59,8 @@ class Model:
         self.counts = torch.tensor([3, 2], dtype=torch.int32, device=device)
         self.azp = torch.tensor([-7], dtype=torch.int32, device=device)
         self.slots = torch.arange(NUM_TOKENS, device=device)
+        self.plain_experts = [normal(*shape).to(BF16).to(device) for shape in experts]
+        self.channels = [torch.rand(shape[:2], generator=generator).to(device) / 50 for shape in experts]
         self.residual = torch.zeros(NUM_TOKENS, HIDDEN, dtype=BF16, device=device)
         self.keys, self.values = (torch.zeros(2, 16, 2, 128, dtype=BF16, device=device) for _ in range(2))
         self.latents = torch.zeros(2, 16, HIDDEN, dtype=BF16, device=device)
@@ -168,6 +171,18 @@ def _experts(m: Model, h: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor
     return few_tokens_moe(h, *m.w13, *m.w2, weights, ids, pdl=pdl)
 
 
+def _plain_experts(m: Model, h: torch.Tensor, pdl: bool, seen: list[torch.Tensor]) -> torch.Tensor:
+    weights, ids = select_experts(router_gate(h, m.gate, pdl=pdl), Selection(TOPK), pdl=pdl)
+    w13, w2 = m.plain_experts
+    return few_tokens_moe(h, w13, None, w2, None, weights, ids, format=ExpertFormat.BF16, pdl=pdl)
+
+
+def _token_experts(m: Model, h: torch.Tensor, pdl: bool, seen: list[torch.Tensor]) -> torch.Tensor:
+    weights, ids = select_experts(router_gate(h, m.gate, pdl=pdl), Selection(TOPK), pdl=pdl)
+    operands = (m.w13[0], m.channels[0], m.w2[0], m.channels[1])
+    return few_tokens_moe(h, *operands, weights, ids, format=ExpertFormat.FP8_TOKEN, pdl=pdl)
+
+
 def _router(m: Model, h: torch.Tensor, pdl: bool, seen: list[torch.Tensor]) -> torch.Tensor:
     _, weights, ids = router(h, m.gate, Selection(TOPK), pdl=pdl)
     return _experts(m, h, weights, ids, pdl)
@@ -221,6 +236,8 @@ STEPS: dict[str, Step] = {
     "router": _router,
     "split_router": _split_router,
     "select_experts": _gate_and_topk,
+    "bf16_experts": _plain_experts,
+    "fp8_token_experts": _token_experts,
     "moe_align": _align,
     "moe_sum": _sum,
     "small_m_gemm": _gemm,

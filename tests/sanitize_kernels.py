@@ -20,6 +20,7 @@ from test_gated_quant import quantise as gated_quantise
 from test_moe_align import SIZES, half_map, routing
 from test_moe_experts import CASES as EXPERTS
 from test_moe_experts import make as make_experts
+from test_moe_experts import run as run_experts
 from test_norm_quant import CASES as NORMS
 from test_norm_quant import quantise as norm_quantise
 from test_quant import CASES as GROUPS
@@ -34,7 +35,6 @@ from test_token_quant import quantise as token_quantise
 from test_topk import CASES as SELECTIONS
 
 from vllm_b200_plugin.ops.gated_quant import masked_silu_group_quant
-from vllm_b200_plugin.ops.moe import few_tokens_moe
 from vllm_b200_plugin.ops.moe_align import batched_moe_align_block_size, moe_align_block_size
 from vllm_b200_plugin.ops.moe_sum import moe_sum
 from vllm_b200_plugin.ops.quant import ScaleLayout, empty_scale
@@ -139,7 +139,7 @@ def moe_sums() -> Iterator[Call]:
 def experts() -> Iterator[Call]:
     for case in EXPERTS:
         if case.num_experts * case.hidden_size * case.intermediate_size < 1 << 22:
-            yield lambda case=case: few_tokens_moe(*make_experts(case, "cuda"), ue8m0=case.ue8m0)
+            yield lambda case=case: run_experts(case, make_experts(case, "cuda"))
 
 
 def gemm() -> Iterator[Call]:

@@ -12,7 +12,14 @@ import torch
 from benchmarks import families
 from benchmarks.cases.gemm import GemmCase
 from benchmarks.cases.kv_cache import KvCacheCase
-from benchmarks.cases.moe import FusedExpertsCase, MoeAlignCase, MoeSumCase, RouterCase, TopKCase
+from benchmarks.cases.moe import (
+    EXPERT_FORMATS,
+    FusedExpertsCase,
+    MoeAlignCase,
+    MoeSumCase,
+    RouterCase,
+    TopKCase,
+)
 from benchmarks.cases.nvfp4_quant import Nvfp4ExpertsQuantCase, Nvfp4QuantCase
 from benchmarks.cases.quant import GroupQuantCase
 from benchmarks.cases.rms_norm_quant import RmsNormQuantCase
@@ -22,6 +29,7 @@ from benchmarks.families import Missing, Run, _common
 from benchmarks.kernels import FAMILIES
 from vllm_b200_plugin.ops.gemm import fp8_block_scaled_mm
 from vllm_b200_plugin.ops.moe import fp8_block_scaled_moe
+from vllm_b200_plugin.ops.moe_few_tokens import ExpertFormat, few_tokens_moe
 from vllm_b200_plugin.ops.nvfp4_quant import nvfp4_dequant, nvfp4_quant
 from vllm_b200_plugin.ops.quant import ScaleLayout, per_token_group_quant
 from vllm_b200_plugin.ops.token_quant import per_tensor_quant, per_token_quant
@@ -54,7 +62,7 @@ SMALL: dict[str, list[Any]] = {
     "topk": [TopKCase(9, 128), TopKCase(9, 256, 8, 4)],
     "router": [RouterCase(3, 64, 128), RouterCase(3, 64, 128, 8, 4)],
     "moe_sum": [MoeSumCase(3, 64)],
-    "fused_experts": [FusedExpertsCase(2, 16, 256, 128)],
+    "fused_experts": [FusedExpertsCase(2, 16, 256, 128, format) for format in EXPERT_FORMATS[:2] + EXPERT_FORMATS[3:]],
 }
 EACH_SMALL = [pytest.param(FAMILIES[op], case, id=f"{op} {case}") for op in SMALL for case in SMALL[op]]
 EACH_FAMILY = [pytest.param(family, id=op) for op, family in FAMILIES.items()]
@@ -386,7 +394,10 @@ def _naive_moe_sum(family: ModuleType, case: MoeSumCase) -> tuple[torch.Tensor, 
 
 
 def _naive_fused_experts(family: ModuleType, case: FusedExpertsCase) -> tuple[torch.Tensor, ...]:
-    return (fp8_block_scaled_moe(*family._operands(case, 0)),)
+    if case.format == "fp8_block":
+        return (fp8_block_scaled_moe(*family._operands(case, 0)),)
+    format = ExpertFormat[case.format.split("-")[0].upper()]
+    return (few_tokens_moe(*family._operands(case, 0), format=format, **family._given(case)),)
 
 
 NAIVE = {op: globals()[f"_naive_{op}"] for op in SMALL if op != "group_quant"}

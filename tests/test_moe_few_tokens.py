@@ -30,7 +30,7 @@ from vllm.model_executor.layers.quantization.utils.quant_utils import (
     GroupShape, create_fp8_quant_key, kFp8Dynamic128Sym, kFp8Static128BlockSym)
 from vllm.v1.worker.workspace import init_workspace_manager
 from vllm_b200_plugin import dispatch, plugin
-from vllm_b200_plugin.ops.moe import few_tokens_moe
+from vllm_b200_plugin.ops.moe_few_tokens import few_tokens_moe
 
 torch.accelerator.empty_cache = lambda: None
 init_workspace_manager(torch.device("cpu"))
@@ -78,6 +78,17 @@ def offered(backend):
 """
 
 SELECTION = """
+from vllm.model_executor.layers.fused_moe.oracle import unquantized
+from vllm.model_executor.layers.quantization.utils.quant_utils import kFp8DynamicTokenSym, kFp8StaticChannelSym
+
+def name_of_others():
+    with config():
+        backend, cls = oracle.select_fp8_moe_backend(layer(), kFp8StaticChannelSym, kFp8DynamicTokenSym)
+        scales = torch.ones(E, 2 * I, 1), torch.ones(E, H, 1)
+        quant = oracle.make_fp8_moe_quant_config(backend, *scales, None, None, per_act_token_quant=True)
+        made = oracle.make_fp8_moe_kernel(quant, layer(), cls, backend)
+        return [type(made.fused_experts).__name__, unquantized.select_unquantized_moe_backend(layer())[1].__name__]
+
 picks = {
     "plain": name(), "block 64": name(block=64, scales=(torch.ones(E, 4, 4), torch.ones(E, 4, 2))),
     "float16": name(layer(in_dtype=torch.float16)),
@@ -89,6 +100,7 @@ picks = {
     "packed scales": name(scales=(s13.int(), s2.int())),
     "batch invariant": name(environment={"VLLM_BATCH_INVARIANT": "1"}),
     "disabled": name(environment={"VLLM_DISABLED_KERNELS": "B200FewTokensExperts"}),
+    "features that are off": name_of_others(),
     "--moe-backend triton": name(layer(moe_backend="triton")),
     "--moe-backend deep_gemm": offered("DEEPGEMM"), "--moe-backend marlin": offered("MARLIN"),
 }
@@ -113,11 +125,11 @@ def run(num_tokens, experts=slice(0, E), expert_map=None, on_input=False, topk=K
     weights, ids = torch.rand(num_tokens, E, generator=rng).topk(topk)
     ids = ids.int()
     out = k.apply(x, w13[experts], w2[experts], weights, ids, MoEActivation.SILU, E, expert_map, on_input)
-    ue8m0 = k.fused_experts._ue8m0
+    format = k.fused_experts._format
     if on_input:
         x, weights = x * weights.bfloat16(), None
     expected = few_tokens_moe(x, w13[experts], s13[experts], w2[experts], s2[experts], weights, ids,
-        expert_map=expert_map, ue8m0=ue8m0) if num_tokens <= 64 else None
+        expert_map=expert_map, format=format) if num_tokens <= 64 else None
     return out, expected
 
 limit = dispatch.few_tokens_limit(K, E, H, I, (9, 0))
@@ -165,6 +177,8 @@ def test_selection(capability):
             "disabled",
         ):
             assert picks[refused] == "TritonExperts", refused
+        assert picks["features that are off"] == ["TritonExperts"] * 2
+        assert any("the feature for FP8_TOKEN is off" in line for line in lines)
         assert picks["gelu"] == "TritonExperts"
         assert picks["packed scales"] == "TritonExperts"
         reasons = ("blocks of 128x128", "bfloat16", "silu without a limit", "LoRA", "float32 scales", "BATCH_INVARIANT")

@@ -35,9 +35,12 @@ PLAIN_SCALES_BELOW = 32
 # On an H200 in one run with vLLM 0.32's Triton experts, all of the layer after the router
 # (benchmarks/results/h200/fused_experts.jsonl): 128 experts of 2048x768, 8 a token, 18 us against 28 with one token, 26
 # against 37 with two, 39 against 53 with four, 64 against 86 with eight, 102 against 118 with 16, 203 against 153 with
-# 32. Experts of more bytes were not measured to win.
-FEW_TOKENS_MOE = 16
-LARGE_EXPERT_BYTES = 8 << 20
+# 32. Experts of more weights were not measured to win. The same experts in other formats, in another run
+# (fused_experts_formats.jsonl), with one and 16 tokens: bf16 25 us against 31, 177 against 198; FP8 with scales of
+# channels and tokens 19 against 27, 105 against 116, and 54 and 147 of vLLM's CUTLASS; FP8 with one scale for all
+# activations 19 against 34, 101 against 123, given 18 against 26, 100 against 115. INT8 was not measured beside vLLM's.
+FEW_TOKENS_MOE = {"fp8_block": 16, "fp8_token": 16, "fp8_tensor": 16, "int8_token": 0, "bf16": 16}
+LARGE_EXPERT_WEIGHTS = 8 << 20
 MIN_TOPK = 4  # 8 were measured
 
 
@@ -190,24 +193,37 @@ def fused_router(
 
 
 def few_tokens_limit(
-    topk: int, num_experts: int, hidden_size: int, intermediate_size: int, capability: tuple[int, int]
+    topk: int,
+    num_experts: int,
+    hidden_size: int,
+    intermediate_size: int,
+    capability: tuple[int, int],
+    format: str = "fp8_block",
 ) -> int:
-    """Up to how many tokens our kernels for few tokens take an FP8 block-scaled MoE layer; 0: none.
+    """Up to how many tokens our kernels for few tokens take an MoE layer; 0: none.
 
     Args:
         topk: experts of a token.
         num_experts, hidden_size, intermediate_size: of the layer on this GPU.
         capability: compute capability, for example (9, 0).
+        format: fp8_block, fp8_token (a scale for each channel and token), fp8_tensor (for each expert and all
+            activations), int8_token or bf16.
     """
-    large = 3 * hidden_size * intermediate_size > LARGE_EXPERT_BYTES
-    return 0 if capability != (9, 0) or topk < MIN_TOPK or large else FEW_TOKENS_MOE
+    large = 3 * hidden_size * intermediate_size > LARGE_EXPERT_WEIGHTS
+    return 0 if capability != (9, 0) or topk < MIN_TOPK or large else FEW_TOKENS_MOE[format]
 
 
 def few_tokens_moe(
-    num_tokens: int, topk: int, num_experts: int, hidden_size: int, intermediate_size: int, capability: tuple[int, int]
+    num_tokens: int,
+    topk: int,
+    num_experts: int,
+    hidden_size: int,
+    intermediate_size: int,
+    capability: tuple[int, int],
+    format: str = "fp8_block",
 ) -> Choice:
     """Our kernels for few tokens or vLLM's experts. Arguments as for few_tokens_limit."""
-    limit = few_tokens_limit(topk, num_experts, hidden_size, intermediate_size, capability)
+    limit = few_tokens_limit(topk, num_experts, hidden_size, intermediate_size, capability, format)
     if capability != (9, 0):
         return Choice(VLLM, "our kernels for few tokens were measured on compute capability 9.0 alone")
     if topk < MIN_TOPK:

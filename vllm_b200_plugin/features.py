@@ -111,6 +111,31 @@ FEATURES: tuple[Feature, ...] = (
         after="vllm.model_executor.layers.fused_moe.oracle.fp8",
     ),
     Feature(
+        name="fp8_moe_few_tokens",
+        changes="the same for FP8 experts without block scales: one for each channel and token, or for each expert and "
+        "all activations",
+        needs="the CUDA library, compute capability 9.0, 10.0, 10.3 or 12.0",
+        module="vllm_b200_plugin.integration.moe_few_tokens_fp8",
+        after="vllm.model_executor.layers.fused_moe.oracle.fp8",
+        trial=True,
+    ),
+    Feature(
+        name="bf16_moe_few_tokens",
+        changes="the same for unquantised bfloat16 experts",
+        needs="the CUDA library, compute capability 9.0, 10.0, 10.3 or 12.0",
+        module="vllm_b200_plugin.integration.moe_few_tokens_bf16",
+        after="vllm.model_executor.layers.fused_moe.oracle.unquantized",
+        trial=True,
+    ),
+    Feature(
+        name="int8_moe_few_tokens",
+        changes="the same for INT8 experts with a scale for each channel and token",
+        needs="the CUDA library, compute capability 9.0, 10.0, 10.3 or 12.0",
+        module="vllm_b200_plugin.integration.moe_few_tokens_int8",
+        after="vllm.model_executor.layers.fused_moe.oracle.int8",
+        trial=True,
+    ),
+    Feature(
         name="fp8_linear",
         changes="FP8 linear layers with a scale per tensor, or per channel and token: our GEMM for few tokens where it "
         "is faster than CUTLASS",

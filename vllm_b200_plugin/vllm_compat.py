@@ -196,6 +196,20 @@ MOE_PRIORITY = Private(
 MOE_EXPERTS = Private(
     _MOE_ORACLE, "backend_to_kernel_cls", "function: backend -> experts classes", "to name our class", _OOT_MOE
 )
+_BF16_MOE_ORACLE = "vllm.model_executor.layers.fused_moe.oracle.unquantized"
+BF16_MOE_BACKENDS = Private(
+    _BF16_MOE_ORACLE, "UnquantizedMoeBackend", "enum of backends of unquantised MoE layers", "those we know", _OOT_MOE
+)
+BF16_MOE_EXPERTS = Private(
+    _BF16_MOE_ORACLE, "backend_to_kernel_cls", "function: backend -> experts classes", "to name our class", _OOT_MOE
+)
+_INT8_MOE_ORACLE = "vllm.model_executor.layers.fused_moe.oracle.int8"
+INT8_MOE_BACKENDS = Private(
+    _INT8_MOE_ORACLE, "Int8MoeBackend", "enum of backends of INT8 MoE layers", "those we know", _OOT_MOE
+)
+INT8_MOE_EXPERTS = Private(
+    _INT8_MOE_ORACLE, "backend_to_kernel_cls", "function: backend -> experts classes", "to name our class", _OOT_MOE
+)
 MOE_QUANTIZE_INPUT = Private(
     "vllm.model_executor.layers.fused_moe.prepare_finalize.no_dp_ep",
     "_quantize_input",

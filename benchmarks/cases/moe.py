@@ -93,17 +93,36 @@ class MoeSumCase:
         return 2 * self.num_tokens * (TOP_K + 1) * self.hidden_size
 
 
+# Formats of ops.moe_few_tokens.ExpertFormat; "channel" and "expert" say what the weights' scales are for, "given" that
+# activations are quantised with given scales.
+EXPERT_FORMATS = (
+    "bf16",
+    "fp8_block",
+    "fp8_block_pow2",
+    "fp8_token-channel",
+    "fp8_token-expert",
+    "fp8_tensor-expert",
+    "fp8_tensor-expert-given",
+    "int8_token-channel",
+)
+
+
 @dataclass(frozen=True)
 class FusedExpertsCase:
-    """All of the routed experts: quantisation, both products, activation and weighted sum."""
+    """All of the routed experts: quantisation, both products, activation and weighted sum.
+
+    format: one of EXPERT_FORMATS.
+    """
 
     num_tokens: int
     num_experts: int
     hidden_size: int
     intermediate_size: int
+    format: str = "fp8_block"
 
     def __str__(self) -> str:
-        return f"{self.num_tokens}-{self.experts_name}-{self.hidden_size}x{self.intermediate_size}"
+        format = "" if self.format == "fp8_block" else f"{self.format}-"
+        return f"{format}{self.num_tokens}-{self.experts_name}-{self.hidden_size}x{self.intermediate_size}"
 
     @property
     def experts_name(self) -> str:
@@ -115,10 +134,15 @@ class FusedExpertsCase:
 
     @property
     def num_bytes(self) -> int:
-        """FP8 weights and scales of as many experts as evenly spread routing hits on average; bf16 in and out."""
+        """Weights and scales of as many experts as evenly spread routing hits on average; bf16 in and out."""
         hit = self.num_experts * (1 - (1 - TOP_K / self.num_experts) ** self.num_tokens)
-        expert = 3 * self.hidden_size * self.intermediate_size
-        return round(hit * (expert + 4 * expert / 128**2)) + self.num_tokens * (4 * self.hidden_size + 8 * TOP_K)
+        weights = 3 * self.hidden_size * self.intermediate_size
+        rows = 2 * self.intermediate_size + self.hidden_size
+        scales = {"fp8_block": weights / 128**2, "bf16": 0, "fp8_token-channel": rows, "int8_token-channel": rows}.get(
+            self.format, 2
+        )
+        expert = weights * (2 if self.format == "bf16" else 1) + 4 * scales
+        return round(hit * expert) + self.num_tokens * (4 * self.hidden_size + 8 * TOP_K)
 
 
 ALIGN_NUM_TOKENS = (1, 16, 256, 1024, 4096, 16384)
@@ -158,11 +182,14 @@ def fused_experts_benchmarks() -> Iterator[FusedExpertsCase]:
         yield FusedExpertsCase(num_tokens, 128, 2048, 768)  # Qwen3-30B-A3B
     for num_tokens in (1, 4, 16):
         yield FusedExpertsCase(num_tokens, 256, 7168, 2048)  # DeepSeek-V3
+    for format in ("bf16", "fp8_token-channel", "fp8_tensor-expert", "fp8_tensor-expert-given", "int8_token-channel"):
+        for num_tokens in (1, 2, 4, 8, 16, 32):
+            yield FusedExpertsCase(num_tokens, 128, 2048, 768, format)
 
 
 @dataclass(frozen=True)
 class FewTokensCase:
-    """The experts of one layer for few tokens, on FP8 operands with block scales."""
+    """The experts of one layer for few tokens. format: one of EXPERT_FORMATS."""
 
     num_tokens: int
     num_experts: int
@@ -171,11 +198,11 @@ class FewTokensCase:
     intermediate_size: int
     routing: str = "random"
     ids: str = "int32"
-    ue8m0: bool = False
+    format: str = "fp8_block"
 
     def __str__(self) -> str:
         sizes = f"{self.num_tokens}-E{self.num_experts}-k{self.top_k}-{self.hidden_size}x{self.intermediate_size}"
-        return f"{sizes}-{self.routing}-{self.ids}{'-ue8m0' * self.ue8m0}"
+        return f"{self.format}-{sizes}-{self.routing}-{self.ids}"
 
 
 ROUTINGS = ("random", "one_expert", "one_empty", "duplicated", "half_missing", "all_missing")
@@ -183,15 +210,23 @@ ROUTINGS = ("random", "one_expert", "one_empty", "duplicated", "half_missing", "
 
 def few_tokens_tests() -> Iterator[FewTokensCase]:
     for i, (routing, num_tokens) in enumerate(product(ROUTINGS, (1, 2, 7, 16, 33))):
-        yield FewTokensCase(num_tokens, 12, 4, 384, 256, routing, ("int32", "int64")[i % 2], i % 3 == 1)
-    yield FewTokensCase(64, 20, 8, 128, 128)
-    yield FewTokensCase(3, 5, 1, 128, 640)
-    yield FewTokensCase(1, 5, 2, 1152, 1536)
-    yield FewTokensCase(4, 300, 8, 256, 128, ids="int64")
-    yield FewTokensCase(9, 4, 2, 512, 1408, "one_expert", ue8m0=True)
-    yield FewTokensCase(6, 1023, 3, 128, 128)
-    yield FewTokensCase(2, 1, 1, 128, 128)
-    # Rows of more than 2048 bytes, which come in pieces.
-    yield FewTokensCase(5, 3, 2, 2304, 256)
-    yield FewTokensCase(12, 3, 2, 2304, 1152, "one_empty")
-    yield FewTokensCase(2, 3, 2, 8192, 128)
+        format = "fp8_block_pow2" if i % 3 == 1 else "fp8_block"
+        yield FewTokensCase(num_tokens, 12, 4, 384, 256, routing, ("int32", "int64")[i % 2], format)
+    for i, (format, routing, num_tokens) in enumerate(product(EXPERT_FORMATS, ROUTINGS, (1, 7, 16))):
+        if not format.startswith("fp8_block"):
+            yield FewTokensCase(num_tokens, 12, 4, 384, 256, routing, ("int32", "int64")[i % 2], format)
+    for format in EXPERT_FORMATS:
+        if format != "fp8_tensor-expert":
+            yield FewTokensCase(64, 20, 8, 128, 128, format=format)
+        yield FewTokensCase(3, 5, 1, 128, 640, format=format)
+        yield FewTokensCase(1, 5, 2, 1152, 1536, format=format)
+        yield FewTokensCase(4, 300, 8, 256, 128, ids="int64", format=format)
+        yield FewTokensCase(9, 4, 2, 512, 1408, "one_expert", format=format)
+        yield FewTokensCase(6, 1023, 3, 128, 128, format=format)
+        yield FewTokensCase(2, 1, 1, 128, 128, format=format)
+        # Rows of more than 2048 bytes, which come in pieces.
+        yield FewTokensCase(5, 3, 2, 2304, 256, format=format)
+        yield FewTokensCase(12, 3, 2, 2304, 1152, "one_empty", format=format)
+        yield FewTokensCase(2, 3, 2, 8192, 128, format=format)
+    yield FewTokensCase(16, 6, 4, 2048, 1088, format="bf16")
+    yield FewTokensCase(5, 3, 2, 192, 320, format="bf16")  # odd multiples of 64

@@ -1,6 +1,7 @@
-"""The routed experts of a layer with FP8 block-scaled weights: our kernels for few tokens, vLLM's fused Triton path.
+"""The routed experts of a layer: our kernels for few tokens, vLLM's fused Triton path, CUTLASS without block scales.
 
-Engines differ in how they scale activations, by any fp32 or by a power of two; the check takes the nearer reference.
+With block scales engines differ in how they scale activations, by any fp32 or by a power of two; the check takes the
+nearer reference.
 """
 
 from collections.abc import Callable
@@ -12,20 +13,30 @@ from benchmarks import families
 from benchmarks.cases.moe import TOP_K, FusedExpertsCase, fused_experts_benchmarks
 from benchmarks.families import Missing, Run
 from benchmarks.families._common import (
+    E4M3_MAX,
+    EPS,
     FP8_LIMIT,
     GROUP,
     Returned,
     dequantise,
+    e4m3_values,
     error_of,
     fp8_block_weight,
     generator,
     normal,
     peer,
+    powers_of_two,
     quantise_groups,
     some_rows,
     verdict,
 )
-from vllm_b200_plugin.ops.moe import few_tokens_moe, few_tokens_refusal
+from vllm_b200_plugin.ops.moe_few_tokens import (
+    MAX_TOKENS_OF_ONE_SCALE,
+    ExpertFormat,
+    few_tokens_moe,
+    few_tokens_refusal,
+    scratch_elements,
+)
 
 OP = "fused_experts"
 FUSED_MOE = "vllm.model_executor.layers.fused_moe"
@@ -34,68 +45,179 @@ CHECKED_TOKENS = 4
 cases = fused_experts_benchmarks
 
 
+GIVEN = {"x_scale": 2.0**-6, "hidden_scale": 2.0**-9}
+
+
 def record(case: FusedExpertsCase) -> dict[str, Any]:
+    scales = "" if case.format in ("bf16", "fp8_block") else f"-{case.format.split('_')[1]}"
     return {
         "m": case.num_tokens,
         "n": case.intermediate_size,
         "k": case.hidden_size,
-        "dtype": "e4m3",
-        "layout": case.experts_name,
+        "dtype": {"bf16": "bf16", "int8": "int8"}.get(case.format[:4], "e4m3"),
+        "layout": case.experts_name + scales,
         "bytes": case.num_bytes,
         "flops": case.flops,
     }
 
 
-def _operands(case: FusedExpertsCase, seed: int) -> tuple[torch.Tensor, ...]:
+def _operands(case: FusedExpertsCase, seed: int) -> tuple[torch.Tensor | None, ...]:
     """x, w13 and its scale, w2 and its scale, and for each token the weights and ids of TOP_K distinct experts."""
     rng = generator(seed)
     experts, hidden, intermediate = case.num_experts, case.hidden_size, case.intermediate_size
     x = normal((case.num_tokens, hidden), rng)
-    w13 = fp8_block_weight((experts, 2 * intermediate, hidden), rng)
-    w2 = fp8_block_weight((experts, hidden, intermediate), rng)
+    w13 = _weight((experts, 2 * intermediate, hidden), case.format, rng)
+    w2 = _weight((experts, hidden, intermediate), case.format, rng)
     scores = torch.rand(case.num_tokens, experts, generator=rng, device=families.device)
     weights, ids = scores.topk(TOP_K)
     return x, *w13, *w2, weights / weights.sum(1, keepdim=True), ids.int()
 
 
-def ours(case: FusedExpertsCase, seed: int, ue8m0: bool = False) -> Run:
+def _weight(shape: tuple[int, int, int], format: str, rng: torch.Generator) -> tuple[torch.Tensor, torch.Tensor | None]:
+    if format == "bf16":
+        return normal(shape, rng).div_(shape[2] ** 0.5), None
+    if format == "fp8_block":
+        return fp8_block_weight(shape, rng)
+    scale = powers_of_two(shape[: 2 if "channel" in format else 1], -13, -11, rng)
+    if "int8" in format:
+        return normal(shape, rng).mul_(32).clamp_(-127, 127).to(torch.int8), scale
+    return e4m3_values(shape, rng), scale
+
+
+def _given(case: FusedExpertsCase) -> dict[str, torch.Tensor]:
+    scales = GIVEN if "given" in case.format else {}
+    return {name: torch.tensor([scale], device=families.device) for name, scale in scales.items()}
+
+
+def ours(case: FusedExpertsCase, seed: int) -> Run:
     assignments = case.num_tokens * TOP_K
-    if refusal := few_tokens_refusal(assignments, case.num_experts, case.hidden_size, case.intermediate_size):
+    format = ExpertFormat[case.format.split("-")[0].upper()]
+    sizes = (case.num_experts, case.hidden_size, case.intermediate_size)
+    if refusal := few_tokens_refusal(assignments, *sizes, format):
         raise Missing(refusal)
-    operands = _operands(case, seed)
+    if case.format == "fp8_tensor-expert" and case.num_tokens > MAX_TOKENS_OF_ONE_SCALE:
+        raise Missing(f"one scale for all activations is for {MAX_TOKENS_OF_ONE_SCALE} tokens at most")
+    operands, given = _operands(case, seed), _given(case)
     out = torch.empty_like(operands[0])
-    hidden = out.new_empty((case.num_tokens, TOP_K, case.intermediate_size))
-    return Run(lambda: few_tokens_moe(*operands, ue8m0=ue8m0, hidden=hidden, out=out), (out,))
+    scratch = out.new_empty(scratch_elements(assignments, case.intermediate_size))
+    return Run(lambda: few_tokens_moe(*operands, format=format, **given, scratch=scratch, out=out), (out,))
+
+
+def _quant_config(case: FusedExpertsCase, w13_scale: Any, w2_scale: Any) -> Any:
+    if case.format == "bf16":
+        return None
+    make = peer(f"{FUSED_MOE}.config", "fp8_w8a8_moe_quant_config")
+    if case.format == "fp8_block":
+        return make(w1_scale=w13_scale, w2_scale=w2_scale, block_shape=list(BLOCK))
+    if case.format == "int8_token-channel":
+        make = peer(f"{FUSED_MOE}.config", "int8_w8a8_moe_quant_config")
+        scales = {"w1_scale": w13_scale.unsqueeze(-1), "w2_scale": w2_scale.unsqueeze(-1)}
+        return make(**scales, a1_scale=None, a2_scale=None, per_act_token_quant=True)
+    if case.format == "fp8_token-channel":
+        w13_scale, w2_scale = w13_scale.unsqueeze(-1), w2_scale.unsqueeze(-1)
+        return make(w1_scale=w13_scale, w2_scale=w2_scale, per_act_token_quant=True, per_out_ch_quant=True)
+    given = _given(case)
+    scales = {"a1_scale": given.get("x_scale"), "a2_scale": given.get("hidden_scale")}
+    return make(w1_scale=w13_scale, w2_scale=w2_scale, **scales)
 
 
 def vllm_triton(case: FusedExpertsCase, seed: int) -> Run:
     fused_experts = peer(f"{FUSED_MOE}.fused_moe", "fused_experts")
-    make_config = peer(f"{FUSED_MOE}.config", "fp8_w8a8_moe_quant_config")
     x, w13, w13_scale, w2, w2_scale, weights, ids = _operands(case, seed)
-    config = make_config(w1_scale=w13_scale, w2_scale=w2_scale, block_shape=list(BLOCK))
+    config = _quant_config(case, w13_scale, w2_scale)
     return Returned(lambda: fused_experts(x, w13, w2, weights, ids, quant_config=config))
 
 
-IMPLEMENTATIONS: dict[str, Callable[[FusedExpertsCase, int], Run]] = {"ours": ours, "vllm_triton": vllm_triton}
+def vllm_cutlass(case: FusedExpertsCase, seed: int) -> Run:
+    """What vLLM's CutlassExpertsFp8 does, with the quantisation before it."""
+    if case.format in ("bf16", "fp8_block", "int8_token-channel"):
+        raise Missing("vLLM's CUTLASS takes FP8 with a scale for each channel or expert")
+    experts = peer(f"{FUSED_MOE}.experts.cutlass_moe", "run_cutlass_moe_fp8")
+    make_scratch = peer(f"{FUSED_MOE}.moe_permute_unpermute", "get_moe_permute_scratch")
+    silu = peer(f"{FUSED_MOE}.activation", "MoEActivation").SILU
+    quant = peer("vllm._custom_ops", "scaled_fp8_quant")
+    x, w13, w13_scale, w2, w2_scale, weights, ids = _operands(case, seed)
+    config = _quant_config(case, w13_scale, w2_scale)
+    sizes = (case.hidden_size, case.intermediate_size, 2 * case.intermediate_size)
+    by_hidden, by_intermediate, by_both = (
+        torch.full((case.num_experts,), size, device=x.device, dtype=torch.int64) for size in sizes
+    )
+    scratch = make_scratch(num_experts=case.num_experts, num_local_experts=case.num_experts, device=x.device)
+    space = [x.new_empty(case.num_tokens * TOP_K, max(sizes)) for _ in range(2)]
+    out, by_token = torch.empty_like(x), config.per_act_token_quant
+
+    def call() -> None:
+        q, scale = quant(x, config.a1_scale, use_per_token_if_dynamic=by_token)
+        experts(
+            out, q, w13, w2, ids, silu, case.num_experts, None, config.w1_scale, config.w2_scale, scale,
+            config.a2_scale, by_hidden, by_intermediate, by_both, by_hidden, *space, None, x.dtype, by_token,
+            config.per_out_ch_quant, False, weights, scratch,
+        )  # fmt: skip
+
+    return Run(call, (out,))
+
+
+IMPLEMENTATIONS: dict[str, Callable[[FusedExpertsCase, int], Run]] = {
+    "ours": ours,
+    "vllm_triton": vllm_triton,
+    "vllm_cutlass": vllm_cutlass,
+}
 
 
 def check(case: FusedExpertsCase, seed: int, outputs: tuple[torch.Tensor, ...]) -> tuple[bool, dict[str, Any]]:
     """Right when a few tokens are right and all are finite."""
     operands, out = _operands(case, seed), outputs[0]
     tokens = some_rows(case.num_tokens, CHECKED_TOKENS)
-    errors = [error_of(out[tokens], reference(operands, tokens, ue8m0)) for ue8m0 in (False, True)]
+    if case.format == "fp8_tensor-expert":  # the scale is that of all tokens
+        tokens = some_rows(case.num_tokens, case.num_tokens)
+    ways = (False, True) if case.format == "fp8_block" else (False,)
+    errors = [error_of(out[tokens], reference(case, operands, tokens, ue8m0)) for ue8m0 in ways]
     return verdict(min(errors, key=abs), FP8_LIMIT, finite=bool(out.isfinite().all()))
 
 
-def reference(operands: tuple[torch.Tensor, ...], tokens: torch.Tensor, ue8m0: bool) -> torch.Tensor:
+def reference(
+    case: FusedExpertsCase, operands: tuple[torch.Tensor | None, ...], tokens: torch.Tensor, ue8m0: bool
+) -> torch.Tensor:
     """The layer's output for `tokens` in float64, with both activations quantised and bf16 between the products."""
     x, w13, w13_scale, w2, w2_scale, weights, ids = operands
-    out = torch.zeros(len(tokens), x.shape[1], dtype=torch.float64, device=x.device)
-    quantised = dequantise(*quantise_groups(x[tokens], ue8m0))
+    given = _given(case)
+    values = _quantised(x[tokens], case.format, given.get("x_scale"), ue8m0)
+    hidden = x.new_empty(len(tokens), TOP_K, w2.shape[2])
     for row, token in enumerate(tokens.tolist()):
-        for weight, expert in zip(weights[token].double(), ids[token].tolist(), strict=True):
-            gate, up = (dequantise(w13[expert], w13_scale[expert], BLOCK) @ quantised[row]).bfloat16().chunk(2)
-            hidden = (torch.nn.functional.silu(gate.double()) * up.double()).bfloat16()
-            hidden = dequantise(*quantise_groups(hidden.unsqueeze(0), ue8m0))[0]
-            out[row] += weight * (dequantise(w2[expert], w2_scale[expert], BLOCK) @ hidden)
+        for slot, expert in enumerate(ids[token].tolist()):
+            gate, up = (_dequantised(w13, w13_scale, expert) @ values[row]).bfloat16().chunk(2)
+            hidden[row, slot] = (torch.nn.functional.silu(gate.double()) * up.double()).bfloat16()
+    values = _quantised(hidden.flatten(0, 1), case.format, given.get("hidden_scale"), ue8m0).view(hidden.shape)
+    out = torch.zeros(len(tokens), x.shape[1], dtype=torch.float64, device=x.device)
+    for row, token in enumerate(tokens.tolist()):
+        for slot, (weight, expert) in enumerate(zip(weights[token].double(), ids[token].tolist(), strict=True)):
+            out[row] += weight * (_dequantised(w2, w2_scale, expert) @ values[row, slot])
     return out
+
+
+def _dequantised(weight: torch.Tensor, scale: torch.Tensor | None, expert: int) -> torch.Tensor:
+    """One expert's weight in float64."""
+    if scale is None:
+        return weight[expert].double()
+    if scale.dim() == 3:
+        return dequantise(weight[expert], scale[expert], BLOCK)
+    return weight[expert].double() * scale[expert].double().view(-1, 1)
+
+
+def _quantised(x: torch.Tensor, format: str, given: torch.Tensor | None, ue8m0: bool) -> torch.Tensor:
+    """What the rows stand for after quantisation, in float64; fp32 arithmetic, on any device."""
+    if format == "bf16":
+        return x.double()
+    if format == "fp8_block":
+        return dequantise(*quantise_groups(x, ue8m0))
+    rows = x.float()
+    if "int8" in format:
+        largest = rows.abs().amax(-1, keepdim=True).clamp(min=EPS)
+        return (rows * (127 / largest)).round().double() * (largest.double() / 127)
+    if "token" in format:
+        scale = (rows.abs().amax(-1, keepdim=True) / E4M3_MAX).clamp(min=1 / (E4M3_MAX * 512))
+        scaled = rows / scale
+    else:
+        scale = rows.abs().max() / E4M3_MAX if given is None else given
+        scaled = rows * (1 / scale)
+    return scaled.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).double() * scale.double()

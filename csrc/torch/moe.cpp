@@ -29,41 +29,79 @@ void check_rows(const Tensor& tensor, const char* name, int64_t rows, int64_t co
                   name, ": takes rows that start at multiples of 16 bytes and a last stride of 1");
 }
 
+// A row of quantised weights has scales of 128 columns each, one scale, or shares that of the expert.
+void check_scale(const std::optional<Tensor>& scale, const char* name, ExpertFormat format, bool of_rows,
+                 int64_t num_experts, int64_t rows, int64_t columns, int32_t device) {
+  STD_TORCH_CHECK(scale.has_value() == (format != ExpertFormat::kBf16), name, ": goes with quantised weights");
+  if (!scale.has_value()) return;
+  STD_TORCH_CHECK(scale->get_device_index() == device, name, ": takes the device of x");
+  if (format == ExpertFormat::kFp8Block || format == ExpertFormat::kFp8BlockPow2) {
+    check_contiguous(*scale, name, ScalarType::Float, {num_experts, rows / 128, columns / 128});
+  } else if (of_rows) {
+    check_contiguous(*scale, name, ScalarType::Float, {num_experts, rows});
+  } else {
+    check_contiguous(*scale, name, ScalarType::Float, {num_experts});
+  }
+}
+
+const float* check_number(const std::optional<Tensor>& number, const char* name, ExpertFormat format, int32_t device) {
+  if (!number.has_value()) return nullptr;
+  STD_TORCH_CHECK(format == ExpertFormat::kFp8Tensor && number->scalar_type() == ScalarType::Float &&
+                      number->numel() == 1 && number->get_device_index() == device,
+                  name, ": takes one float32 and goes with one scale for all activations");
+  return static_cast<const float*>(number->data_ptr());
+}
+
+const float* floats(const std::optional<Tensor>& tensor) {
+  return tensor.has_value() ? static_cast<const float*>(tensor->data_ptr()) : nullptr;
+}
+
 }  // namespace
 
-// The op vllm_b200::few_tokens_moe on CUDA tensors; see vllm_b200_plugin/ops/moe.py. The Python wrapper has named what
-// is wrong in words; these checks keep a direct call of the op from reading or writing out of range.
-void few_tokens_moe_op(const Tensor& x, const Tensor& w13, const Tensor& w13_scale, const Tensor& w2,
-                    const Tensor& w2_scale, std::optional<Tensor> topk_weights, const Tensor& topk_ids,
-                    std::optional<Tensor> expert_map, Tensor hidden, Tensor out, bool up_first, bool ue8m0,
-                    bool pdl) {
+// The op vllm_b200::few_tokens_moe on CUDA tensors; see vllm_b200_plugin/ops/moe_few_tokens.py. The Python wrapper has
+// named what is wrong in words; these checks keep a direct call of the op from reading or writing out of range.
+void few_tokens_moe_op(const Tensor& x, const Tensor& w13, std::optional<Tensor> w13_scale, const Tensor& w2,
+                       std::optional<Tensor> w2_scale, std::optional<Tensor> topk_weights, const Tensor& topk_ids,
+                       std::optional<Tensor> expert_map, std::optional<Tensor> x_scale,
+                       std::optional<Tensor> hidden_scale, Tensor scratch, Tensor out, bool up_first, int64_t format_id,
+                       bool pdl) {
   STD_TORCH_CHECK(x.dim() == 2 && w13.dim() == 3 && topk_ids.dim() == 2,
                   "x and topk_ids: take 2 dimensions; w13: takes 3");
+  STD_TORCH_CHECK(format_id >= 0 && format_id <= static_cast<int64_t>(ExpertFormat::kInt8Token), "format: got ",
+                  format_id);
+  const auto format = static_cast<ExpertFormat>(format_id);
+  const bool bf16 = format == ExpertFormat::kBf16, maxima = format >= ExpertFormat::kFp8Token;
   const int64_t num_tokens = x.size(0), hidden_size = x.size(1), top_k = topk_ids.size(1);
-  const int64_t num_experts = w13.size(0), intermediate_size = w13.size(1) / 2;
-  STD_TORCH_CHECK(hidden_size % 128 == 0 && intermediate_size % 128 == 0 && hidden_size > 0 && intermediate_size > 0 &&
-                      intermediate_size < (1 << 20),
-                  "hidden and intermediate size: take multiples of 128, got ", hidden_size, " and ", intermediate_size);
+  const int64_t num_experts = w13.size(0), intermediate_size = w13.size(1) / 2, multiple = bf16 ? 64 : 128;
+  STD_TORCH_CHECK(hidden_size % multiple == 0 && intermediate_size % multiple == 0 && hidden_size > 0 &&
+                      intermediate_size > 0 && intermediate_size < (1 << 20),
+                  "hidden and intermediate size: take multiples of ", multiple, ", got ", hidden_size, " and ",
+                  intermediate_size);
   STD_TORCH_CHECK(hidden_size <= kMaxHiddenSize, "hidden size: takes ", kMaxHiddenSize, " at most, got ", hidden_size);
   STD_TORCH_CHECK(num_experts > 0 && num_experts <= kMaxExperts, "w13: takes 1 to ", kMaxExperts, " experts, got ",
                   num_experts);
-  STD_TORCH_CHECK(num_tokens * top_k <= kMaxAssignments, "topk_ids: takes ", kMaxAssignments, " ids at most, got ",
-                  num_tokens * top_k);
+  const int64_t count = num_tokens * top_k;
+  STD_TORCH_CHECK(count <= kMaxAssignments, "topk_ids: takes ", kMaxAssignments, " ids at most, got ", count);
+  const int32_t device = x.get_device_index();
   check_rows(x, "x", num_tokens, hidden_size);
   check_rows(out, "out", num_tokens, hidden_size);
-  const auto fp8 = ScalarType::Float8_e4m3fn;
-  check_contiguous(w13, "w13", fp8, {num_experts, 2 * intermediate_size, hidden_size});
-  check_contiguous(w13_scale, "w13_scale", ScalarType::Float,
-                   {num_experts, 2 * intermediate_size / 128, hidden_size / 128});
-  check_contiguous(w2, "w2", fp8, {num_experts, hidden_size, intermediate_size});
-  check_contiguous(w2_scale, "w2_scale", ScalarType::Float, {num_experts, hidden_size / 128, intermediate_size / 128});
-  check_contiguous(hidden, "hidden", ScalarType::BFloat16, {num_tokens, top_k, intermediate_size});
+  const auto weight_type = bf16                               ? ScalarType::BFloat16
+                           : format == ExpertFormat::kInt8Token ? ScalarType::Char
+                                                                : ScalarType::Float8_e4m3fn;
+  const bool row_scales = w13_scale.has_value() && w13_scale->dim() == 2;
+  check_contiguous(w13, "w13", weight_type, {num_experts, 2 * intermediate_size, hidden_size});
+  check_scale(w13_scale, "w13_scale", format, row_scales, num_experts, 2 * intermediate_size, hidden_size, device);
+  check_contiguous(w2, "w2", weight_type, {num_experts, hidden_size, intermediate_size});
+  check_scale(w2_scale, "w2_scale", format, row_scales, num_experts, hidden_size, intermediate_size, device);
+  const int64_t elements = count * (intermediate_size + (maxima ? intermediate_size / 8 : 0));
+  STD_TORCH_CHECK(scratch.scalar_type() == ScalarType::BFloat16 && scratch.is_contiguous() &&
+                      scratch.numel() >= elements && reinterpret_cast<uintptr_t>(scratch.data_ptr()) % 16 == 0,
+                  "scratch: takes ", elements, " elements of bfloat16 at least, contiguous, at a multiple of 16 bytes");
   const bool ids_are_int64 = topk_ids.scalar_type() == ScalarType::Long;
   STD_TORCH_CHECK(ids_are_int64 || topk_ids.scalar_type() == ScalarType::Int, "topk_ids: takes int32 or int64");
   STD_TORCH_CHECK(topk_ids.size(0) == num_tokens && topk_ids.is_contiguous(), "topk_ids: takes [", num_tokens,
                   ", top_k], contiguous");
-  const int32_t device = x.get_device_index();
-  for (const Tensor& tensor : {w13, w13_scale, w2, w2_scale, topk_ids, Tensor(hidden), Tensor(out)}) {
+  for (const Tensor& tensor : {w13, w2, topk_ids, Tensor(scratch), Tensor(out)}) {
     STD_TORCH_CHECK(tensor.get_device_index() == device, "all tensors: take one device");
   }
   if (topk_weights.has_value()) {
@@ -82,13 +120,18 @@ void few_tokens_moe_op(const Tensor& x, const Tensor& w13, const Tensor& w13_sca
   FewTokensMoeParams params = {};
   params.x = x.data_ptr();
   params.w13 = w13.data_ptr();
-  params.w13_scale = static_cast<const float*>(w13_scale.data_ptr());
+  params.w13_scale = floats(w13_scale);
   params.w2 = w2.data_ptr();
-  params.w2_scale = static_cast<const float*>(w2_scale.data_ptr());
-  params.topk_weights = topk_weights.has_value() ? static_cast<const float*>(topk_weights->data_ptr()) : nullptr;
+  params.w2_scale = floats(w2_scale);
+  params.topk_weights = floats(topk_weights);
   params.topk_ids = topk_ids.data_ptr();
   params.expert_map = expert_map.has_value() ? static_cast<const int32_t*>(expert_map->data_ptr()) : nullptr;
-  params.hidden = hidden.data_ptr();
+  params.x_scale = check_number(x_scale, "x_scale", format, device);
+  params.hidden_scale = check_number(hidden_scale, "hidden_scale", format, device);
+  params.hidden = scratch.data_ptr();
+  if (maxima && params.hidden_scale == nullptr) {
+    params.maxima = static_cast<char*>(scratch.data_ptr()) + 2 * count * intermediate_size;
+  }
   params.out = out.data_ptr();
   params.num_tokens = static_cast<int32_t>(num_tokens);
   params.top_k = static_cast<int32_t>(top_k);
@@ -100,7 +143,8 @@ void few_tokens_moe_op(const Tensor& x, const Tensor& w13, const Tensor& w13_sca
   params.out_stride = out.stride(0);
   params.ids_are_int64 = ids_are_int64;
   params.up_first = up_first;
-  params.ue8m0 = ue8m0;
+  params.row_scales = row_scales;
+  params.format = format;
   params.pdl = pdl;
 
   const torch::stable::accelerator::DeviceGuard guard(device);

@@ -1,4 +1,5 @@
-"""Feature moe_few_tokens: FP8 block-scaled experts with few tokens run our two kernels.
+"""Feature moe_few_tokens: FP8 block-scaled experts with few tokens run our two kernels. The features for experts of
+other formats share what is here.
 
 vLLM chooses an experts class for the layer as before. Ours is a class made from the chosen one: it takes the calls
 with few tokens and hands the others to an object of the chosen class, with the quantisation that vLLM would have done
@@ -7,6 +8,7 @@ MoE op, which torch.compile does not look into.
 """
 
 import functools
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -14,9 +16,17 @@ import torch
 from vllm_b200_plugin import dispatch, vllm_compat
 from vllm_b200_plugin.features import NotForThisPlatform
 from vllm_b200_plugin.integration import library, report, vllm_branches
-from vllm_b200_plugin.ops.moe import BLOCK_SHAPE, few_tokens_moe, few_tokens_refusal
+from vllm_b200_plugin.ops.moe_few_tokens import (
+    BLOCK_SHAPE,
+    ExpertFormat,
+    few_tokens_moe,
+    few_tokens_refusal,
+    scale_shapes,
+    scratch_elements,
+)
 
-_LAYER_KIND = "FP8 block experts"
+FORMATS = (ExpertFormat.FP8_BLOCK, ExpertFormat.FP8_BLOCK_POW2)
+_applied: set[ExpertFormat] = set()  # those of the features in place
 _NAME = "B200FewTokensExperts"  # for VLLM_DISABLED_KERNELS
 
 
@@ -30,24 +40,26 @@ class B200FewTokensExperts:
     up_first: bool
     moe_config: Any
     quant_config: Any
-    w1_scale: torch.Tensor
-    w2_scale: torch.Tensor
 
     def __new__(cls, moe_config: Any, quant_config: Any, *args: Any, **kwargs: Any) -> Any:
-        if reason := refusal(moe_config, quant_config):
-            report.chosen(_LAYER_KIND, cls.theirs.__name__, f"vLLM's own: {reason}")
+        if reason := refusal(moe_config, quant_config, cls.up_first):
+            report.chosen(_layer_kind(format_of(quant_config)), cls.theirs.__name__, f"vLLM's own: {reason}")
             return cls.theirs(moe_config, quant_config, *args, **kwargs)
         return super().__new__(cls)
 
     def __init__(self, moe_config: Any, quant_config: Any) -> None:
         super().__init__(moe_config, quant_config)  # type: ignore[call-arg]
         self._theirs = self.theirs(moe_config, quant_config)
+        format = format_of(quant_config)
+        assert format is not None  # or __new__ had refused
+        self._format: ExpertFormat = format
         # FlashInfer's CUTLASS experts quantise by themselves, with plain scales.
-        self._ue8m0 = not self.up_first and bool(vllm_compat.UE8M0_SCALES.get()())
-        self._limit = dispatch.few_tokens_limit(*_sizes(moe_config), vllm_compat.capability() or (0, 0))
+        if self._format == ExpertFormat.FP8_BLOCK and not self.up_first and vllm_compat.UE8M0_SCALES.get()():
+            self._format = ExpertFormat.FP8_BLOCK_POW2
+        self._limit = _limit(moe_config, self._format)
         self._quantize_input = vllm_compat.MOE_QUANTIZE_INPUT.get()
         report.chosen(
-            _LAYER_KIND,
+            _layer_kind(self._format),
             _NAME,
             f"our two kernels up to {self._limit} tokens, else {self.theirs.__name__}, vLLM's choice",
         )
@@ -86,19 +98,22 @@ class B200FewTokensExperts:
         if num_tokens <= self._limit and _takes(
             hidden_states, topk_weights, topk_ids, expert_map, w1.shape[0], global_num_experts
         ):
-            hidden = (num_tokens, topk, w2.shape[2])
+            one_scale = self._format == ExpertFormat.FP8_TENSOR
+            w1_scale, w2_scale = _weight_scales(self.quant_config, self._format)
             few_tokens_moe(
                 hidden_states,
                 w1,
-                self.w1_scale,
+                w1_scale,
                 w2,
-                self.w2_scale,
+                w2_scale,
                 None if apply_router_weight_on_input else topk_weights,
                 topk_ids,
+                format=self._format,
                 expert_map=expert_map,
+                x_scale=self.quant_config.a1_scale if one_scale else None,
+                hidden_scale=self.quant_config.a2_scale if one_scale else None,
                 up_first=self.up_first,
-                ue8m0=self._ue8m0,
-                hidden=_scratch(workspace13, hidden, hidden_states),
+                scratch=_scratch(workspace13, scratch_elements(num_tokens * topk, w2.shape[2]), hidden_states),
                 out=output,
             )
             return None
@@ -142,12 +157,11 @@ def _takes(
     )
 
 
-def _scratch(workspace: torch.Tensor, shape: tuple[int, int, int], like: torch.Tensor) -> torch.Tensor:
+def _scratch(workspace: torch.Tensor, size: int, like: torch.Tensor) -> torch.Tensor:
     """vLLM's workspace where it is large enough, as that of its Triton experts is."""
-    size = shape[0] * shape[1] * shape[2]
     if workspace.dtype == like.dtype and workspace.is_contiguous() and workspace.numel() >= size:
-        return workspace.view(-1)[:size].view(shape)
-    return like.new_empty(shape)
+        return workspace.view(-1)[:size]
+    return like.new_empty(size)
 
 
 def _sizes(moe_config: Any) -> tuple[int, int, int, int]:
@@ -160,31 +174,85 @@ def _sizes(moe_config: Any) -> tuple[int, int, int, int]:
     )
 
 
-def refusal(moe_config: Any, quant_config: Any) -> str | None:
-    """Why our kernels cannot do a layer, or None where they can."""
-    topk, num_experts, hidden_size, intermediate_size = _sizes(moe_config)
-    scales = (quant_config.w1_scale, quant_config.w2_scale)
-    if reason := _config_refusal(moe_config, quant_config.block_shape):
-        return reason
+def _limit(moe_config: Any, format: ExpertFormat | None) -> int:
+    return dispatch.few_tokens_limit(*_sizes(moe_config), vllm_compat.capability() or (0, 0), _name(format))
+
+
+def _name(format: ExpertFormat | None) -> str:
+    """In dispatch.py; both block formats have one rule."""
+    return "" if format is None else format.name.lower().removesuffix("_pow2")
+
+
+def _layer_kind(format: ExpertFormat | None) -> str:
+    if format is None:
+        return "experts"
+    return "FP8 block experts" if format.has_blocks else f"{format.name.split('_')[0].replace('BF', 'bf')} experts"
+
+
+def format_of(quant_config: Any) -> ExpertFormat | None:
+    """The format of a layer's experts, None for one that our kernels do not have."""
+    if quant_config.quant_dtype is None and quant_config.weight_quant_dtype is None:
+        return ExpertFormat.BF16
+    if quant_config.use_int8_w8a8 and quant_config.block_shape is None and quant_config.per_act_token_quant:
+        return ExpertFormat.INT8_TOKEN
     if not quant_config.use_fp8_w8a8:
-        return "ours need FP8 activations"
+        return None
+    if quant_config.block_shape is not None:
+        return ExpertFormat.FP8_BLOCK if list(quant_config.block_shape) == list(BLOCK_SHAPE) else None
+    return ExpertFormat.FP8_TOKEN if quant_config.per_act_token_quant else ExpertFormat.FP8_TENSOR
+
+
+def _format_before_loading(method: Any) -> ExpertFormat | None:
+    """The same from vLLM's method of a layer whose weights are not there yet."""
+    if hasattr(method, "unquantized_backend"):
+        return ExpertFormat.BF16
+    if block_shape := getattr(method, "weight_block_size", None):
+        return ExpertFormat.FP8_BLOCK if list(block_shape) == list(BLOCK_SHAPE) else None
+    if hasattr(method, "int8_backend"):
+        return ExpertFormat.INT8_TOKEN
+    if not hasattr(method, "fp8_backend"):
+        return None
+    by_token = getattr(getattr(method, "input_quant", None), "strategy", None) == "token"
+    return ExpertFormat.FP8_TOKEN if by_token else ExpertFormat.FP8_TENSOR
+
+
+def _weight_scales(quant_config: Any, format: ExpertFormat) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """As our op takes them; vLLM's for channels have a dimension of one behind."""
+    if format == ExpertFormat.BF16:
+        return None, None
+    w1_scale, w2_scale = quant_config.w1_scale, quant_config.w2_scale
+    if format.has_blocks:
+        return w1_scale, w2_scale
+    return tuple(s.squeeze(-1) if s.dim() > 1 else s for s in (w1_scale, w2_scale))
+
+
+def refusal(moe_config: Any, quant_config: Any, up_first: bool = False) -> str | None:
+    """Why our kernels cannot do a layer, or None where they can. up_first: as of the class."""
+    topk, num_experts, hidden_size, intermediate_size = _sizes(moe_config)
+    format = format_of(quant_config)
+    if reason := _config_refusal(moe_config, format, up_first):
+        return reason
+    assert format is not None
     if quant_config.gemm1_clamp_limit is not None:
         return f"ours need silu without a limit, got {quant_config.gemm1_clamp_limit}"
     if quant_config.w1_bias is not None or quant_config.w2_bias is not None:
         return "ours have no bias"
-    if any(scale is None or scale.dtype != torch.float32 or not scale.is_contiguous() for scale in scales):
-        return "ours need float32 scales of the weights"
-    expected = (
-        (num_experts, 2 * intermediate_size // 128, hidden_size // 128),
-        (num_experts, hidden_size // 128, intermediate_size // 128),
-    )
-    if tuple(tuple(scale.shape) for scale in scales) != expected:
-        return f"ours need scales of the shapes {expected}, got {[tuple(scale.shape) for scale in scales]}"
-    limit = dispatch.few_tokens_limit(*_sizes(moe_config), vllm_compat.capability() or (0, 0))
-    return few_tokens_refusal(limit * topk, num_experts, hidden_size, intermediate_size)
+    if format != ExpertFormat.BF16:
+        scales = (quant_config.w1_scale, quant_config.w2_scale)
+        if any(scale is None or scale.dtype != torch.float32 or not scale.is_contiguous() for scale in scales):
+            return "ours need float32 scales of the weights"
+        w1_scale, w2_scale = _weight_scales(quant_config, format)
+        got = (tuple(w1_scale.shape), tuple(w2_scale.shape))  # type: ignore[union-attr]
+        expected = scale_shapes(torch.Size((num_experts, 2 * intermediate_size, hidden_size)), format)
+        if got not in expected:
+            return f"ours need scales of the shapes {' or '.join(map(str, expected))}, got {got}"
+    given = (quant_config.a1_scale, quant_config.a2_scale) if format == ExpertFormat.FP8_TENSOR else ()
+    if any(scale is not None and (scale.numel() != 1 or scale.dtype != torch.float32) for scale in given):
+        return "ours need one float32 scale of the activations"
+    return few_tokens_refusal(_limit(moe_config, format) * topk, num_experts, hidden_size, intermediate_size, format)
 
 
-def _config_refusal(moe_config: Any, block_shape: Any) -> str | None:
+def _config_refusal(moe_config: Any, format: ExpertFormat | None, up_first: bool) -> str | None:
     """The part of refusal() that is known before the weights are."""
     parallel = moe_config.moe_parallel_config
     activation = getattr(moe_config.activation, "value", moe_config.activation)
@@ -192,8 +260,12 @@ def _config_refusal(moe_config: Any, block_shape: Any) -> str | None:
         return "VLLM_BATCH_INVARIANT rules out a choice by the number of tokens"
     if _NAME in vllm_compat.ENVS.get().VLLM_DISABLED_KERNELS:
         return f"VLLM_DISABLED_KERNELS names {_NAME}"
-    if list(block_shape or ()) != list(BLOCK_SHAPE):
-        return f"ours need FP8 weights in blocks of 128x128, got {block_shape}"
+    if format is None:
+        return "ours need bfloat16, or 8 bits with scales of blocks of 128x128, of channels or of experts"
+    if format not in _applied:
+        return f"the feature for {format.name} is off"
+    if up_first and not format.has_blocks:
+        return f"ours were not measured beside FlashInfer's experts in {format.name}"
     if moe_config.in_dtype != torch.bfloat16:
         return f"ours need bfloat16 activations, got {moe_config.in_dtype}"
     if activation != "silu" or moe_config.swiglu_limit is not None:
@@ -204,7 +276,7 @@ def _config_refusal(moe_config: Any, block_shape: Any) -> str | None:
         return "LoRA needs the products apart"
     if parallel.use_all2all_kernels or parallel.dp_size > 1:
         return "tokens are sent between ranks in vLLM's own quantisation"
-    choice = dispatch.few_tokens_moe(1, *_sizes(moe_config), vllm_compat.capability() or (0, 0))
+    choice = dispatch.few_tokens_moe(1, *_sizes(moe_config), vllm_compat.capability() or (0, 0), _name(format))
     return None if choice.kernel == dispatch.FEW_TOKENS else choice.reason
 
 
@@ -214,9 +286,12 @@ def choice(layer: Any, num_tokens: int) -> dispatch.Choice | None:
     experts = getattr(method, "experts_cls", None)
     if not (isinstance(experts, type) and issubclass(experts, B200FewTokensExperts)):
         return None
-    reason = _config_refusal(method.moe, getattr(method, "weight_block_size", None))
+    format = _format_before_loading(method)
+    reason = _config_refusal(method.moe, format, experts.up_first)
     if reason is None:
-        few = dispatch.few_tokens_moe(num_tokens, *_sizes(method.moe), vllm_compat.capability() or (0, 0))
+        few = dispatch.few_tokens_moe(
+            num_tokens, *_sizes(method.moe), vllm_compat.capability() or (0, 0), _name(format)
+        )
         if few.kernel == dispatch.FEW_TOKENS:
             return few
         reason = few.reason
@@ -232,14 +307,21 @@ def subclass_of(theirs: type, up_first: bool) -> type:
 
 
 def apply() -> None:
-    """Put our classes in place of those that vLLM's FP8 oracle offers, once."""
+    install(vllm_compat.MOE_BACKENDS, vllm_compat.MOE_EXPERTS, FORMATS)
+
+
+def install(
+    backend_names: vllm_compat.Private, classes_of: vllm_compat.Private, formats: Collection[ExpertFormat]
+) -> None:
+    """Put our classes in place of those that an oracle of vLLM's offers, once, and let them take `formats`."""
     platform = vllm_compat.CURRENT_PLATFORM.get()
     if not platform.is_cuda():
         raise NotForThisPlatform(f"for CUDA, vLLM runs on {platform.device_name}")
     library.require()
-    backends, experts = vllm_compat.MOE_BACKENDS.get(), vllm_compat.MOE_EXPERTS.get()
+    backends, experts = backend_names.get(), classes_of.get()
     vllm_compat.MOE_QUANTIZE_INPUT.get()
     vllm_compat.UE8M0_SCALES.get()
+    _applied.update(formats)
     if getattr(experts, "_vllm_b200", False):
         return
     # The backends that leave the weights as the checkpoint has them, but for the order of w13's halves.
@@ -254,4 +336,4 @@ def apply() -> None:
         return [subclass_of(cls, up_first[backend]) for cls in found] if backend in up_first else found
 
     classes._vllm_b200 = True  # type: ignore[attr-defined]
-    vllm_compat.MOE_EXPERTS.replace(classes)
+    classes_of.replace(classes)

@@ -1,4 +1,4 @@
-"""Mixture-of-experts layers on FP8 operands with block scales: the reference, and the experts for few tokens."""
+"""Mixture-of-experts layers on FP8 operands with block scales: the reference."""
 
 import torch
 
@@ -6,11 +6,6 @@ from vllm_b200_plugin.ops import _library
 from vllm_b200_plugin.ops._library import torch_library
 from vllm_b200_plugin.ops.gemm import fp8_block_scaled_mm
 from vllm_b200_plugin.ops.quant import per_token_group_quant
-
-BLOCK_SHAPE = (128, 128)
-MAX_ASSIGNMENTS = 512  # of few_tokens_moe: num_tokens * topk
-MAX_EXPERTS = 1024
-MAX_HIDDEN_SIZE = 8192
 
 
 def fp8_block_scaled_moe(
@@ -44,7 +39,7 @@ def fp8_block_scaled_moe(
     Raises:
         ValueError: an argument is not as above.
     """
-    _check(x, w13, w2, topk_weights, topk_ids)
+    check_experts(x, w13, w2, topk_weights, topk_ids)
     return torch.ops.vllm_b200.fp8_block_scaled_moe(
         x, w13, w13_scale, w2, w2_scale, topk_weights, topk_ids, list(block_shape)
     )
@@ -71,26 +66,25 @@ def _reference(
 
 def _experts(
     x: torch.Tensor, w13: torch.Tensor, w13_scale: torch.Tensor, w2: torch.Tensor, w2_scale: torch.Tensor,
-    topk_weights: torch.Tensor, topk_ids: torch.Tensor, block: tuple[int, int], ue8m0: bool = False,
+    topk_weights: torch.Tensor, topk_ids: torch.Tensor, block: tuple[int, int],
 ) -> torch.Tensor:  # fmt: skip
     out = torch.zeros(x.shape, dtype=torch.float32)
     for expert in topk_ids[topk_ids >= 0].unique().tolist():
         if expert >= w13.shape[0]:
             raise ValueError(f"topk_ids: takes ids below {w13.shape[0]}, got {expert}")
         tokens, slots = (topk_ids == expert).nonzero(as_tuple=True)
-        hidden = _linear(x[tokens], w13[expert], w13_scale[expert], block, x.dtype, ue8m0)
+        hidden = _linear(x[tokens], w13[expert], w13_scale[expert], block, x.dtype)
         gate, up = hidden.float().chunk(2, dim=-1)
         hidden = (torch.nn.functional.silu(gate) * up).to(x.dtype)
-        hidden = _linear(hidden, w2[expert], w2_scale[expert], block, torch.float32, ue8m0)
+        hidden = _linear(hidden, w2[expert], w2_scale[expert], block, torch.float32)
         out.index_add_(0, tokens, hidden * topk_weights[tokens, slots].float().unsqueeze(-1))
     return out.to(x.dtype)
 
 
 def _linear(
-    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, block_shape: tuple[int, int], out_dtype: torch.dtype,
-    ue8m0: bool,
-) -> torch.Tensor:  # fmt: skip
-    q, q_scale = per_token_group_quant(x, block_shape[1], ue8m0=ue8m0)
+    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, block_shape: tuple[int, int], out_dtype: torch.dtype
+) -> torch.Tensor:
+    q, q_scale = per_token_group_quant(x, block_shape[1])
     return fp8_block_scaled_mm(q, q_scale, weight, scale, block_shape, out_dtype)
 
 
@@ -99,9 +93,10 @@ def local_ids(topk_ids: torch.Tensor, expert_map: torch.Tensor) -> torch.Tensor:
     return torch.where(topk_ids < 0, topk_ids, expert_map[topk_ids.clamp(min=0)].to(topk_ids.dtype))
 
 
-def _check(
+def check_experts(
     x: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor
 ) -> None:
+    """Whether shapes go together; raises ValueError where they do not."""
     if x.dim() != 2:
         raise ValueError(f"x: takes [num_tokens, hidden_size], got {tuple(x.shape)}")
     num_tokens, hidden_size = x.shape
@@ -114,112 +109,6 @@ def _check(
         raise ValueError(f"topk_ids: takes integers [{num_tokens}, topk], got {topk_ids.dtype} {tuple(topk_ids.shape)}")
     if topk_weights.shape != topk_ids.shape:
         raise ValueError(f"topk_weights: takes {tuple(topk_ids.shape)}, got {tuple(topk_weights.shape)}")
-
-
-def few_tokens_moe(
-    x: torch.Tensor,
-    w13: torch.Tensor,
-    w13_scale: torch.Tensor,
-    w2: torch.Tensor,
-    w2_scale: torch.Tensor,
-    topk_weights: torch.Tensor | None,
-    topk_ids: torch.Tensor,
-    *,
-    expert_map: torch.Tensor | None = None,
-    up_first: bool = False,
-    ue8m0: bool = False,
-    hidden: torch.Tensor | None = None,
-    out: torch.Tensor | None = None,
-    pdl: bool = True,
-) -> torch.Tensor:
-    """fp8_block_scaled_moe with 128x128 blocks for few tokens: two kernels that read the weights of each expert once
-    for 16 tokens, without sorting, padding or quantising launches. A row of the result does not depend on the others.
-
-    Args:
-        x: [num_tokens, hidden_size] bfloat16; rows may be strided, at multiples of 16 bytes.
-        w13: [num_experts, 2 * intermediate_size, hidden_size] float8_e4m3fn.
-        w13_scale: [num_experts, 2 * intermediate_size / 128, hidden_size / 128] float32.
-        w2: [num_experts, hidden_size, intermediate_size] float8_e4m3fn.
-        w2_scale: [num_experts, hidden_size / 128, intermediate_size / 128] float32.
-        topk_weights: [num_tokens, topk] float32; None: the experts are summed as they are.
-        topk_ids: [num_tokens, topk] int32 or int64; ids that are no expert's, such as -1, add nothing.
-        expert_map: [num_global_experts] int32, the index in w13 of an id's expert, or -1 where it is not here.
-        up_first: the first half of w13's rows is the one without the activation function, not the gate's.
-        ue8m0: round the scales of the activations up to powers of two, as vLLM does where DeepGEMM's scale format
-            is in force.
-        hidden: [num_tokens, topk, intermediate_size] bfloat16, contiguous: scratch memory.
-        out: [num_tokens, hidden_size] bfloat16: where to write the result.
-        pdl: launch the first kernel with programmatic stream serialization.
-
-    Returns:
-        [num_tokens, hidden_size] bfloat16.
-
-    Raises:
-        ValueError: an argument is not as above; few_tokens_refusal() says for which sizes.
-    """
-    _check(x, w13, w2, topk_ids if topk_weights is None else topk_weights, topk_ids)
-    num_tokens, topk = topk_ids.shape
-    if x.dtype != torch.bfloat16:
-        raise ValueError(f"x: takes bfloat16, got {x.dtype}")
-    if refusal := few_tokens_refusal(num_tokens * topk, w13.shape[0], w13.shape[2], w13.shape[1] // 2):
-        raise ValueError(refusal)
-    if hidden is None:
-        hidden = x.new_empty((num_tokens, topk, w2.shape[2]))
-    if out is None:
-        out = x.new_empty(x.shape)
-    torch.ops.vllm_b200.few_tokens_moe(
-        x, w13, w13_scale, w2, w2_scale, topk_weights, topk_ids, expert_map, hidden, out, up_first, ue8m0, pdl
-    )
-    return out
-
-
-def few_tokens_refusal(num_assignments: int, num_experts: int, hidden_size: int, intermediate_size: int) -> str | None:
-    """Why few_tokens_moe cannot do a layer, or None where it can.
-
-    Args:
-        num_assignments: num_tokens * topk.
-        num_experts: on this GPU.
-        hidden_size, intermediate_size: on this GPU.
-    """
-    if num_assignments > MAX_ASSIGNMENTS:
-        return f"num_tokens * topk: takes {MAX_ASSIGNMENTS} at most, got {num_assignments}"
-    if not 0 < num_experts <= MAX_EXPERTS:
-        return f"num_experts: takes 1 to {MAX_EXPERTS}, got {num_experts}"
-    for name, size in (("hidden_size", hidden_size), ("intermediate_size", intermediate_size)):
-        if size == 0 or size % BLOCK_SHAPE[1]:
-            return f"{name}: takes multiples of {BLOCK_SHAPE[1]}, got {size}"
-    if hidden_size > MAX_HIDDEN_SIZE:
-        return f"hidden_size: takes {MAX_HIDDEN_SIZE} at most, got {hidden_size}"
-    return None
-
-
-torch_library.define(
-    "few_tokens_moe(Tensor x, Tensor w13, Tensor w13_scale, Tensor w2, Tensor w2_scale, Tensor? topk_weights, "
-    "Tensor topk_ids, Tensor? expert_map, Tensor(a!) hidden, Tensor(b!) out, bool up_first, bool ue8m0, bool pdl) -> ()"
-)
-
-
-@torch.library.register_fake("vllm_b200::few_tokens_moe", lib=torch_library)
-def _few_tokens_fake(*args: object) -> None:
-    return None
-
-
-@torch.library.impl(torch_library, "few_tokens_moe", "CPU")
-def _few_tokens_reference(
-    x: torch.Tensor, w13: torch.Tensor, w13_scale: torch.Tensor, w2: torch.Tensor, w2_scale: torch.Tensor,
-    topk_weights: torch.Tensor | None, topk_ids: torch.Tensor, expert_map: torch.Tensor | None, hidden: torch.Tensor,
-    out: torch.Tensor, up_first: bool, ue8m0: bool, pdl: bool,
-) -> None:  # fmt: skip
-    """The same values in PyTorch; leaves `hidden` alone."""
-    if topk_weights is None:
-        topk_weights = torch.ones(topk_ids.shape)
-    known = topk_ids < (w13.shape[0] if expert_map is None else expert_map.shape[0])
-    here = topk_ids.where(known, -1).long()
-    if expert_map is not None:
-        here = here.where(here < 0, expert_map[here.clamp(min=0)].long())
-    if up_first:
-        w13, w13_scale = (torch.cat(tensor.chunk(2, dim=1)[::-1], dim=1) for tensor in (w13, w13_scale))
-    out.copy_(_experts(x, w13, w13_scale, w2, w2_scale, topk_weights, here, BLOCK_SHAPE, ue8m0))
 
 
 _library.status()

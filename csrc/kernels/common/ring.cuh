@@ -27,6 +27,11 @@ struct Ring {
   __device__ __forceinline__ void advance() {
     if (++slot == stages) slot = 0, parity ^= 1;
   }
+  // By `buffers`, no more than there are.
+  __device__ __forceinline__ void advance(int buffers) {
+    slot += buffers;
+    if (slot >= stages) slot -= stages, parity ^= 1;
+  }
   // Until the current buffer may be filled.
   __device__ __forceinline__ void wait_empty() const { barrier_wait(empty(slot), parity ^ 1); }
   // The address of the current buffer, once it is full. The whole warp calls it.

@@ -158,4 +158,14 @@ __device__ __forceinline__ uint32_t pack_bytes(NearestInt8*, float a, float b, f
   return pack_int8(__float2int_rn(a), __float2int_rn(b), __float2int_rn(c), __float2int_rn(d));
 }
 
+// int8 rounded to the nearest, ties away from zero.
+struct RoundedInt8 {
+  int8_t value;
+};
+
+__device__ __forceinline__ uint32_t pack_bytes(RoundedInt8*, float a, float b, float c, float d) {
+  return pack_int8(__float2int_rz(roundf(a)), __float2int_rz(roundf(b)), __float2int_rz(roundf(c)),
+                   __float2int_rz(roundf(d)));
+}
+
 }  // namespace vllm_b200

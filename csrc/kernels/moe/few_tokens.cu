@@ -28,9 +28,11 @@ cudaError_t this_device(Device& device) {
 }
 
 // As many as fit into the shared memory along with a buffer of weights.
+template <Scales kScales>
 int tokens_of_a_launch(FewTokensMoeParams p, const Device& device) {
   p.num_tokens = kMaxTokens;
-  while (p.num_tokens > 1 && std::max(GateUpLayout(p, 1).end, DownLayout(p, 1).end) > device.shared_per_block) {
+  while (p.num_tokens > 1 &&
+         std::max(GateUpLayout<kScales>(p, 1).end, DownLayout<kScales>(p, 1).end) > device.shared_per_block) {
     p.num_tokens /= 2;
   }
   return p.num_tokens;
@@ -54,22 +56,25 @@ cudaError_t launch(void (*kernel)(FewTokensMoeParams, int), const FewTokensMoePa
   return launch_kernel(kernel, dim3(blocks), dim3(threads), bytes, stream, pdl, p, stages);
 }
 
-template <bool kPow2, int kSets>
+template <Scales kScales, int kSets>
 cudaError_t launch_both(const FewTokensMoeParams& p, const Device& device, cudaStream_t stream) {
   const int tiles = p.num_tokens * p.top_k * (p.intermediate_size / (kRows / 2));  // at most
-  const cudaError_t error = launch<GateUpLayout>(gate_up_kernel<kPow2, kSets>, p, std::clamp(tiles, 1, device.sms),
-                                                 kGateUpThreads + 32, p.pdl, device, stream);
+  const cudaError_t error =
+      launch<GateUpLayout<kScales>>(gate_up_kernel<kScales, kSets>, p, std::clamp(tiles, 1, device.sms),
+                                    kGateUpThreads + 32, p.pdl, device, stream);
   if (error != cudaSuccess) return error;
-  return launch<DownLayout>(down_kernel<kPow2, kSets>, p, p.hidden_size / kRows,
-                            32 * kTeams * (DownRows(p.intermediate_size).largest() + 1), true, device, stream);
+  return launch<DownLayout<kScales>>(down_kernel<kScales, kSets>, p, p.hidden_size / kRows,
+                                     32 * kTeams * (DownRows<kScales>(p.intermediate_size).team_warps() + 1), true,
+                                     device, stream);
 }
 
-}  // namespace
-
-cudaError_t few_tokens_moe(const FewTokensMoeParams& params, cudaStream_t stream) {
+template <Scales kScales>
+cudaError_t launch_all(const FewTokensMoeParams& params, cudaStream_t stream) {
   Device device = {};
   cudaError_t error = this_device(device);
-  const int tokens = tokens_of_a_launch(params, device);
+  const int tokens = tokens_of_a_launch<kScales>(params, device);
+  const bool whole = params.format == ExpertFormat::kFp8Tensor && (!params.x_scale || !params.hidden_scale);
+  if (error == cudaSuccess && whole && params.num_tokens > tokens) return cudaErrorInvalidValue;
   for (int first = 0; error == cudaSuccess && first < params.num_tokens; first += tokens) {
     FewTokensMoeParams p = params;
     const int64_t ids = int64_t{first} * p.top_k;
@@ -79,13 +84,24 @@ cudaError_t few_tokens_moe(const FewTokensMoeParams& params, cudaStream_t stream
     p.topk_ids = static_cast<const char*>(p.topk_ids) + ids * (p.ids_are_int64 ? 8 : 4);
     if (p.topk_weights != nullptr) p.topk_weights += ids;
     p.pdl = params.pdl || first > 0;
-    if (p.num_tokens > kTileTokens) {
-      error = p.ue8m0 ? launch_both<true, 2>(p, device, stream) : launch_both<false, 2>(p, device, stream);
-    } else {
-      error = p.ue8m0 ? launch_both<true, 1>(p, device, stream) : launch_both<false, 1>(p, device, stream);
-    }
+    error = p.num_tokens > kTileTokens ? launch_both<kScales, 2>(p, device, stream)
+                                       : launch_both<kScales, 1>(p, device, stream);
   }
   return error;
+}
+
+}  // namespace
+
+cudaError_t few_tokens_moe(const FewTokensMoeParams& params, cudaStream_t stream) {
+  switch (params.format) {
+    case ExpertFormat::kBf16: return launch_all<Scales::kNone>(params, stream);
+    case ExpertFormat::kFp8Block: return launch_all<Scales::kBlocks>(params, stream);
+    case ExpertFormat::kFp8BlockPow2: return launch_all<Scales::kPow2Blocks>(params, stream);
+    case ExpertFormat::kFp8Token: return launch_all<Scales::kTokens>(params, stream);
+    case ExpertFormat::kFp8Tensor: return launch_all<Scales::kTensors>(params, stream);
+    case ExpertFormat::kInt8Token: return launch_all<Scales::kInt8Tokens>(params, stream);
+  }
+  return cudaErrorInvalidValue;
 }
 
 }  // namespace vllm_b200

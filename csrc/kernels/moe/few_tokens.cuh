@@ -1,29 +1,44 @@
 #pragma once
 
-#include "../common/bulk_copy.cuh"
 #include "../common/launch.cuh"
+#include "../common/ring.cuh"
 #include "../quant/quantizers.cuh"
 #include "assignments.cuh"
 #include "few_tokens.h"
 
 // What the two kernels of few_tokens.cu share: the stream of weights, the quantised activations, the product.
 //
-// A tile is 16 rows of one expert's weights times all tokens of the batch, which are the columns of mma.m16n8k32. In a
-// 64-byte half of a block of 128 columns the k index is permuted alike in A and B, so that a lane's 16 contiguous bytes
-// feed two of them.
+// A tile is 16 rows of one expert's weights times all tokens of the batch, which are the columns of mma.m16n8: k32 of
+// bytes, k16 of bf16. In a 64-byte half of a block of 128 bytes the k index is permuted alike in A and B, so that a
+// lane's 16 contiguous bytes feed two of them.
 
 namespace vllm_b200 {
 
 constexpr int kRows = 16;
-constexpr int kBlock = 128;        // columns that share a scale
+constexpr int kBlockBytes = 128;   // of a row, that a warp takes at once
 constexpr int kTileTokens = 8;     // columns of an mma
 constexpr float kEps = 1e-10f;
 constexpr int kTeams = 2;  // of the warps that multiply
-// Of a thread, for the 18 warps that rows of w2 of 1024 and more bytes take.
-constexpr int kRegisters = 96;
 
 using Fp8 = __nv_fp8_e4m3;
 using Bf16 = __nv_bfloat16;
+
+// What the scales of e4m3 weights and activations are for; kNone: both are bf16; kInt8Tokens: both are int8. A tensor
+// of weights is one expert's, and has rows of equal scales.
+enum class Scales { kNone, kBlocks, kPow2Blocks, kTokens, kTensors, kInt8Tokens };
+
+template <Scales kScales>
+struct Format {
+  static constexpr bool kBlocks = kScales == Scales::kBlocks || kScales == Scales::kPow2Blocks;
+  static constexpr bool kInt8 = kScales == Scales::kInt8Tokens;
+  static constexpr bool kTokens = kScales == Scales::kTokens || kInt8;
+  static constexpr bool kRowScales = kTokens || kScales == Scales::kTensors;  // one scale along all of a product
+  static constexpr bool kQuantised = kScales != Scales::kNone;
+  using Value = std::conditional_t<kInt8, int8_t, std::conditional_t<kQuantised, Fp8, Bf16>>;
+  static constexpr int kBlock = kBlockBytes / sizeof(Value);  // columns
+  // Of a row of w2, that a warp of down_kernel has in hand at once.
+  static constexpr int kWarpBlocks = kQuantised ? 1 : 2;
+};
 
 __host__ __device__ constexpr int round_up(int value, int multiple) {
   return (value + multiple - 1) / multiple * multiple;
@@ -35,42 +50,34 @@ struct RowChunks {
   int blocks;  // of a row
   int chunks;
 
-  __host__ __device__ explicit RowChunks(int columns)
-      : blocks(columns / kBlock), chunks((blocks + kChunkBlocks - 1) / kChunkBlocks) {}
+  __host__ __device__ explicit RowChunks(int blocks)
+      : blocks(blocks), chunks((blocks + kChunkBlocks - 1) / kChunkBlocks) {}
   __host__ __device__ int largest() const { return blocks < kChunkBlocks ? blocks : kChunkBlocks; }
   __host__ __device__ int blocks_of(int chunk) const {
     return blocks - chunk * kChunkBlocks < kChunkBlocks ? blocks - chunk * kChunkBlocks : kChunkBlocks;
   }
-  __host__ __device__ int stage_bytes() const { return kRows * kBlock * largest(); }
+  __host__ __device__ int stage_bytes() const { return kRows * kBlockBytes * largest(); }
 };
 
-// Buffers of 16 rows by a chunk in shared memory, filled in turn by one thread and emptied by others.
-struct Ring {
-  uint32_t data, barriers;
-  int stages, stage_bytes;
-  int slot = 0;
-  uint32_t parity = 0;
+// What a thread asks for, buffer by buffer of a ring: no more than kAhead are on their way. More take no less time and
+// keep others' requests waiting.
+constexpr int kAhead = 2;
 
-  static __host__ __device__ constexpr int barrier_bytes(int stages) { return 16 * stages; }
-  __device__ __forceinline__ uint32_t full(int i) const { return barriers + 16 * i; }
-  __device__ __forceinline__ uint32_t empty(int i) const { return barriers + 16 * i + 8; }
+struct WeightStream {
+  Ring ring;
+  Ring arrived = ring;  // kAhead buffers behind
+  int fetched = 0;
+  uint64_t policy = evict_first_policy();
 
-  // One thread; the block's barrier follows. releases: of a buffer, before it is filled again.
-  __device__ __forceinline__ void init(int releases) const {
-    for (int i = 0; i < stages; ++i) {
-      barrier_init(full(i), 1);
-      barrier_init(empty(i), releases);
+  __device__ explicit WeightStream(const Ring& ring) : ring(ring) {}
+  // Of 16 rows of `pitch` bytes, `bytes` from `column` on. `upper` and `lower`: the first of eight rows each.
+  __device__ __forceinline__ void fetch(const uint8_t* upper, const uint8_t* lower, int column, int bytes, int pitch) {
+    if (fetched++ >= kAhead && ring.stages >= kAhead) {
+      barrier_wait(arrived.full(arrived.slot), arrived.parity);
+      arrived.advance();
     }
-    barrier_init_fence();
-  }
-  __device__ __forceinline__ void advance() {
-    if (++slot == stages) slot = 0, parity ^= 1;
-  }
-  // `upper` and `lower`: the first of eight rows each, of `pitch` bytes, of which `bytes` from `column` on are fetched.
-  __device__ __forceinline__ void fetch(const uint8_t* upper, const uint8_t* lower, int column, int bytes, int pitch,
-                                        uint64_t policy) {
-    barrier_wait(empty(slot), parity ^ 1);
-    const uint32_t barrier = full(slot), to = data + slot * stage_bytes;
+    ring.wait_empty();
+    const uint32_t barrier = ring.full(ring.slot), to = ring.data + ring.slot * ring.stage_bytes;
     barrier_expect(barrier, kRows * bytes);
     if (bytes == pitch) {
       bulk_copy(to, upper, kRows / 2 * bytes, barrier, policy);
@@ -82,58 +89,143 @@ struct Ring {
         bulk_copy(to + (i + kRows / 2) * bytes, lower + int64_t{i} * pitch + column, bytes, barrier, policy);
       }
     }
-    advance();
+    ring.advance();
   }
-  // The address of the current buffer, once it is full. The whole warp calls it.
-  __device__ __forceinline__ uint32_t wait() const {
-    barrier_wait(full(slot), parity);
-    __syncwarp();
-    return data + slot * stage_bytes;
-  }
-  // After the last read of the current buffer.
-  __device__ __forceinline__ void release() const { barrier_arrive(empty(slot)); }
 };
 
-// Quantised activations in shared memory: 128 bytes for each block of a row, its halves swapped in every other row, so
-// that the 16-byte reads of two neighbours meet no bank twice.
-__device__ __forceinline__ uint32_t quantised_half(int row, int half) { return ((half ^ row) & 1) * (kBlock / 2); }
+// Activations in shared memory: 128 bytes for each block of a row, its halves swapped in every other row, so that the
+// 16-byte reads of two neighbours meet no bank twice.
+__device__ __forceinline__ uint32_t shared_half(int row, int half) { return ((half ^ row) & 1) * (kBlockBytes / 2); }
 
-// A block of a row of activations, 32 of its elements in each of four lanes.
-template <bool kPow2>
-struct Group {
+// A block of a row of bf16 activations as its four lanes hold it, and how it comes to shared memory.
+template <Scales kScales>
+struct Group;
+
+// 32 of 128 elements in each lane, which become bytes.
+struct ByteGroup {
   Chunk<Bf16> low = {}, high = {};
 
   __device__ __forceinline__ void load(const Bf16* block) {
     const int quad = threadIdx.x % 4;
     load_chunk<Bf16, true>(low, block + quad * kChunk);
-    load_chunk<Bf16, true>(high, block + kBlock / 2 + quad * kChunk);
+    load_chunk<Bf16, true>(high, block + kBlockBytes / 2 + quad * kChunk);
   }
+  // The bits of the calling lane's absolute maximum.
+  __device__ __forceinline__ uint32_t maximum() const { return max(absmax_bits(low), absmax_bits(high)); }
+  // To `destination`, 128 bytes of a row of this number.
+  template <typename Out = Fp8, typename Divide>
+  __device__ __forceinline__ void store(uint8_t* destination, int row, const Divide& divide) const {
+    destination += threadIdx.x % 4 * kChunk;
+    quantize_chunk(low, divide, reinterpret_cast<Out*>(destination + shared_half(row, 0)));
+    quantize_chunk(high, divide, reinterpret_cast<Out*>(destination + shared_half(row, 1)));
+  }
+};
+
+template <bool kPow2>
+struct ScaledGroup : ByteGroup {
   // To `destination`, 128 bytes of a row of this number; returns the scale. The whole warp calls it.
-  __device__ __forceinline__ float quantize(uint8_t* destination, int row, bool store) const {
+  __device__ __forceinline__ float quantize(uint8_t* destination, int row, bool write) const {
     using Divide = std::conditional_t<kPow2, PowerOfTwoDivisor, Divisor>;
     // Four lanes hold a group as they would one of 64 elements.
-    const float scale = group_scale<Fp8, 4 * kChunk, kPow2>(max(absmax_bits(low), absmax_bits(high)), kEps);
-    if (!store) return scale;
-    const Divide divide(scale);
-    destination += threadIdx.x % 4 * kChunk;
-    quantize_chunk(low, divide, reinterpret_cast<Fp8*>(destination + quantised_half(row, 0)));
-    quantize_chunk(high, divide, reinterpret_cast<Fp8*>(destination + quantised_half(row, 1)));
+    const float scale = group_scale<Fp8, 4 * kChunk, kPow2>(maximum(), kEps);
+    if (write) store(destination, row, Divide(scale));
     return scale;
+  }
+};
+template <> struct Group<Scales::kBlocks> : ScaledGroup<false> {};
+template <> struct Group<Scales::kPow2Blocks> : ScaledGroup<true> {};
+
+// Those with one scale for a row or for all: it comes from the bits of the largest value, unless it is given. vLLM
+// divides by the scale of a token.
+template <> struct Group<Scales::kTokens> : ByteGroup {
+  static __device__ __forceinline__ float scale_of(uint32_t largest, const float*) {
+    return token_scale_e4m3(largest, nullptr);
+  }
+  __device__ __forceinline__ void quantize(uint8_t* destination, int row, uint32_t largest, const float*) const {
+    store(destination, row, Divisor(scale_of(largest, nullptr)));
+  }
+};
+
+// In int8 it multiplies, and rounds as its Triton kernel does: ties away from zero.
+template <> struct Group<Scales::kInt8Tokens> : ByteGroup {
+  static __device__ __forceinline__ float scale_of(uint32_t largest, const float*) {
+    return divide_by<127>(floored(largest));
+  }
+  __device__ __forceinline__ void quantize(uint8_t* destination, int row, uint32_t largest, const float*) const {
+    store<RoundedInt8>(destination, row, Multiplier(__fdiv_rn(127.0f, floored(largest))));
+  }
+  static __device__ __forceinline__ float floored(uint32_t largest) {
+    return __uint_as_float(max(largest, __float_as_uint(kEps)));
+  }
+};
+
+// It multiplies by the reciprocal of a tensor's, which it takes from the largest value that is a number.
+template <> struct Group<Scales::kTensors> : ByteGroup {
+  static __device__ __forceinline__ float scale_of(uint32_t largest, const float* given) {
+    return given != nullptr ? *given : divide_by<448>(__uint_as_float(largest));
+  }
+  __device__ __forceinline__ void quantize(uint8_t* destination, int row, uint32_t largest, const float* given) const {
+    store(destination, row, Multiplier(__frcp_rn(scale_of(largest, given))));
+  }
+  __device__ __forceinline__ uint32_t maximum() const {
+    uint32_t bits = 0;
+#pragma unroll
+    for (int i = 0; i < kChunk / 2; ++i) {
+      const __nv_bfloat162 a = reinterpret_cast<const __nv_bfloat162&>(low.word[i]);
+      const __nv_bfloat162 b = reinterpret_cast<const __nv_bfloat162&>(high.word[i]);
+      const __nv_bfloat162 larger = __hmax2(__habs2(a), __habs2(b));  // NaN where both are
+      const uint32_t two = reinterpret_cast<const uint32_t&>(larger);
+      bits = max(bits, max(without_nan(two << 16), without_nan(two & 0xffff0000u)));
+    }
+    return bits;
+  }
+  static __device__ __forceinline__ uint32_t without_nan(uint32_t bits) { return bits > 0x7f800000u ? 0 : bits; }
+};
+
+// 16 of 64 elements in each lane, not quantised.
+template <> struct Group<Scales::kNone> {
+  uint4 low = {}, high = {};
+
+  __device__ __forceinline__ void load(const Bf16* block) {
+    const uint4* const own = reinterpret_cast<const uint4*>(block) + threadIdx.x % 4;
+    low = own[0], high = own[4];
+  }
+  __device__ __forceinline__ void store(uint8_t* destination, int row) const {
+    destination += threadIdx.x % 4 * 16;
+    *reinterpret_cast<uint4*>(destination + shared_half(row, 0)) = low;
+    *reinterpret_cast<uint4*>(destination + shared_half(row, 1)) = high;
   }
 };
 
 // The index of the calling warp, as a value that the compiler knows to be the same in all lanes.
 __device__ __forceinline__ int warp_index() { return __shfl_sync(kFullWarp, static_cast<int>(threadIdx.x / 32), 0); }
 
-__device__ __forceinline__ void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
-                                    uint32_t b1) {
-  asm("mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-      "{%0, %1, %2, %3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+template <typename Value>
+using Sum = std::conditional_t<std::is_same_v<Value, int8_t>, int32_t, float>;
+
+template <typename Value>
+__device__ __forceinline__ void mma(Sum<Value> (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
+                                    uint32_t b0, uint32_t b1) {
+  if constexpr (std::is_same_v<Value, Fp8>) {
+    asm("mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+  } else if constexpr (std::is_same_v<Value, int8_t>) {
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+  } else {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+  }
 }
 
 // One lane's part of 16 rows by a block of weights.
+template <typename Value>
 struct WeightBlock {
   uint4 upper[2], lower[2];
 
@@ -144,28 +236,25 @@ struct WeightBlock {
   __device__ __forceinline__ void load(uint32_t address, int pitch) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      upper[half] = load_shared(address + half * (kBlock / 2));
-      lower[half] = load_shared(address + kRows / 2 * pitch + half * (kBlock / 2));
+      upper[half] = load_shared(address + half * (kBlockBytes / 2));
+      lower[half] = load_shared(address + kRows / 2 * pitch + half * (kBlockBytes / 2));
     }
   }
   // product[0], product[1]: row lane / 4, columns lane % 4 * 2 and the one after; product[2], product[3]: 8 rows on.
   // x: both halves of the block in the row of activations that is column lane / 4.
   __device__ __forceinline__ void multiply(float (&product)[4], const uint4 (&x)[2]) const {
-    float other[4] = {};
+    Sum<Value> sum[4] = {}, other[4] = {};
+    add_product(sum, other, x);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) product[i] = 0.0f;
-    mma(product, upper[0].x, lower[0].x, upper[0].y, lower[0].y, x[0].x, x[0].y);
-    mma(other, upper[1].x, lower[1].x, upper[1].y, lower[1].y, x[1].x, x[1].y);
-    mma(product, upper[0].z, lower[0].z, upper[0].w, lower[0].w, x[0].z, x[0].w);
-    mma(other, upper[1].z, lower[1].z, upper[1].w, lower[1].w, x[1].z, x[1].w);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) product[i] += other[i];
+    for (int i = 0; i < 4; ++i) product[i] = static_cast<float>(sum[i] + other[i]);
+  }
+  // In two sums, which do not wait for each other.
+  __device__ __forceinline__ void add_product(Sum<Value> (&sum)[4], Sum<Value> (&other)[4], const uint4 (&x)[2]) const {
+    mma<Value>(sum, upper[0].x, lower[0].x, upper[0].y, lower[0].y, x[0].x, x[0].y);
+    mma<Value>(other, upper[1].x, lower[1].x, upper[1].y, lower[1].y, x[1].x, x[1].y);
+    mma<Value>(sum, upper[0].z, lower[0].z, upper[0].w, lower[0].w, x[0].z, x[0].w);
+    mma<Value>(other, upper[1].z, lower[1].z, upper[1].w, lower[1].w, x[1].z, x[1].w);
   }
 };
-
-// A barrier of some of a block's threads; 0 is the whole block's.
-__device__ __forceinline__ void sync_threads(int barrier, int threads) {
-  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
-}
 
 }  // namespace vllm_b200

@@ -4,47 +4,84 @@
 
 namespace vllm_b200 {
 
-using DownRows = RowChunks<8>;  // each block of a chunk has a warp
+// Of a thread, for the 18 warps that rows of w2 of 1024 and more bytes take.
+constexpr int kDownRegisters = 96;
+
+// Each warp of a team has Format::kWarpBlocks blocks of a chunk.
+template <Scales kScales>
+struct DownRows : RowChunks<8 * Format<kScales>::kWarpBlocks> {
+  using F = Format<kScales>;
+
+  __host__ __device__ explicit DownRows(int columns)
+      : RowChunks<8 * F::kWarpBlocks>(columns / F::kBlock) {}
+  __host__ __device__ int team_warps() const { return (this->largest() + F::kWarpBlocks - 1) / F::kWarpBlocks; }
+};
 
 // The dynamic shared memory: barriers of both teams | assignments | scales of w2 | scales and quantised activations of
 // each warp, of the last places | rings of both teams. The sums of the warps come to where the activations were.
+template <Scales kScales>
 struct DownLayout {
-  DownRows rows;
-  int assignments, w_scales, x_scales, quantised, ring, end;
+  using F = Format<kScales>;
+  DownRows<kScales> rows;
+  int assignments, w_scales, x_scales, maxima, activations, ring, end;
 
   // Places that a warp keeps: those of an entry, and what is quantised along with them.
   static __host__ __device__ constexpr int slots(int sets) { return 16 * sets; }
 
   __host__ __device__ DownLayout(const FewTokensMoeParams& p, int stages) : rows(p.intermediate_size) {
-    const int count = p.num_tokens * p.top_k, warps = kTeams * rows.largest();
-    const int places = slots(p.num_tokens > kTileTokens ? 2 : 1) * warps;
+    const int count = p.num_tokens * p.top_k, warps = kTeams * rows.team_warps();
+    const int sets = p.num_tokens > kTileTokens ? 2 : 1, entries = p.num_experts < count ? p.num_experts : count;
+    const int places = F::kQuantised ? slots(sets) * warps : 0;
     assignments = kTeams * Ring::barrier_bytes(stages);
     w_scales = round_up(assignments + Assignments::bytes(p), 16);
-    x_scales = w_scales + 4 * (p.num_experts < count ? p.num_experts : count) * rows.largest();
-    quantised = round_up(x_scales + 4 * places, 16);
-    ring = round_up(quantised + kBlock * places, 128);
+    x_scales = w_scales + 4 * entries * (F::kBlocks ? rows.largest() : F::kRowScales ? kRows : 0);
+    maxima = x_scales + 4 * places;
+    activations = round_up(maxima + (F::kRowScales ? 4 * (count + kTeams) : 0), 16);
+    ring = round_up(activations + (F::kQuantised ? kBlockBytes * places : 512 * sets * warps), 128);
     end = ring + kTeams * stages * rows.stage_bytes();
   }
 };
 
+// The largest of a row of gate_up_kernel's maxima, in bf16: lanes of four share a row. The whole warp calls it.
+__device__ __forceinline__ uint32_t largest_of(const FewTokensMoeParams& p, int place, bool valid) {
+  const int words = p.intermediate_size / (kRows / 2) / 8;
+  const uint4* const row = static_cast<const uint4*>(p.maxima) + place * words;
+  uint32_t two = 0;
+  if (valid) {
+#pragma unroll 4
+    for (int i = threadIdx.x % 4; i < words; i += 4) {
+      const uint4 eight = row[i];
+      two = __vmaxu2(two, __vmaxu2(__vmaxu2(eight.x, eight.y), __vmaxu2(eight.z, eight.w)));
+    }
+  }
+  two = __vmaxu2(two, __shfl_xor_sync(kFullWarp, two, 1));
+  two = __vmaxu2(two, __shfl_xor_sync(kFullWarp, two, 2));
+  return max(two >> 16, two & 0xffff);
+}
+
 // A block owns 16 columns of the output. One team takes the experts of even numbers, the other those of odd ones, in
 // their order, so that a row's sum runs in one order whatever else is in the batch. It starts where blocks of
 // gate_up_kernel have ended, and fetches its first weights.
-template <bool kPow2, int kSets>
-__global__ void __maxnreg__(kRegisters) down_kernel(const __grid_constant__ FewTokensMoeParams p, int stages) {
-  constexpr int kSlots = DownLayout::slots(kSets);
+template <Scales kScales, int kSets>
+__global__ void __maxnreg__(kDownRegisters) down_kernel(const __grid_constant__ FewTokensMoeParams p, int stages) {
+  using F = Format<kScales>;
+  using Value = typename F::Value;
+  using Layout = DownLayout<kScales>;
+  constexpr int kSlots = Layout::slots(kSets);
   extern __shared__ __align__(128) uint8_t shared[];
   const int lane = threadIdx.x % 32, warp = warp_index(), group = lane / 4, quad = lane % 4;
-  const DownLayout layout(p, stages);
-  const DownRows rows = layout.rows;
+  const Layout layout(p, stages);
+  const DownRows<kScales> rows = layout.rows;
   // After the warps that multiply comes one for each team that fetches.
-  const int team_warps = rows.largest(), warps = kTeams * team_warps, threads = 32 * warps;
+  const int team_warps = rows.team_warps(), warps = kTeams * team_warps, threads = 32 * warps;
   const int team = warp < warps ? warp / team_warps : warp - warps, member = warp - team * team_warps;
   Ring ring = {shared_address(shared + layout.ring) + team * stages * rows.stage_bytes(),
                shared_address(shared) + team * Ring::barrier_bytes(stages), stages, rows.stage_bytes()};
   Assignments assignments(shared + layout.assignments, p);
   float* const w_scales = reinterpret_cast<float*>(shared + layout.w_scales);
-  if (warp >= warps && lane == 0) ring.init(team_warps);
+  uint32_t* const maxima = reinterpret_cast<uint32_t*>(shared + layout.maxima);  // of both teams, then of places
+  if (warp >= warps && lane == 0) ring.init(32 * team_warps);
+  if (F::kRowScales && threadIdx.x < kTeams) maxima[threadIdx.x] = 0;
   assignments.clear(p);
   __syncthreads();
 
@@ -56,88 +93,190 @@ __global__ void __maxnreg__(kRegisters) down_kernel(const __grid_constant__ FewT
 
   if (warp >= warps) {
     if (!elect_lane()) return;
-    const uint64_t policy = evict_first_policy();
+    WeightStream weights(ring);
+    const int pitch = p.intermediate_size * sizeof(Value);
 #pragma unroll 1
     for (int chunk = 0; chunk < rows.chunks; ++chunk) {
 #pragma unroll 1
       for (int i = begin; i < end; ++i) {
-        const uint8_t* const first = static_cast<const uint8_t*>(p.w2) +
-                                     (int64_t{assignments[i].expert} * p.hidden_size + row) * p.intermediate_size;
-        ring.fetch(first, first + int64_t{kRows / 2} * p.intermediate_size, chunk * team_warps * kBlock,
-                   rows.blocks_of(chunk) * kBlock, p.intermediate_size, policy);
+        const uint8_t* const first =
+            static_cast<const uint8_t*>(p.w2) + (int64_t{assignments[i].expert} * p.hidden_size + row) * pitch;
+        weights.fetch(first, first + int64_t{kRows / 2} * pitch, chunk * rows.largest() * kBlockBytes,
+                      rows.blocks_of(chunk) * kBlockBytes, pitch);
       }
     }
     return;
   }
 
   const int places = end > begin ? assignments[end - 1].end() : 0;
+  const bool given = !F::kTokens && p.hidden_scale != nullptr;  // the scale of hidden activations
   float sum[kSets][4] = {};
-  float* const x_scales = reinterpret_cast<float*>(shared + layout.x_scales) + warp * kSlots;
-  uint8_t* const quantised = shared + layout.quantised + warp * kSlots * kBlock;
-  const uint32_t columns = shared_address(quantised) + quad * 16;
+  if constexpr (F::kQuantised) {
+    float* const x_scales = reinterpret_cast<float*>(shared + layout.x_scales) + warp * kSlots;
+    uint8_t* const quantised = shared + layout.activations + warp * kSlots * kBlockBytes;
+    const uint32_t columns = shared_address(quantised) + quad * 16;
 #pragma unroll 1
-  for (int chunk = 0; chunk < rows.chunks; ++chunk) {
-    const int block = chunk * team_warps + member, pitch = rows.blocks_of(chunk) * kBlock;
-    const bool works = member < rows.blocks_of(chunk);
-    const uint32_t own_weights = member * kBlock + WeightBlock::lane_offset(pitch);
-    if (chunk == 0) {
-      pdl_wait();
-      pdl_trigger();
-    }
-    Group<kPow2> x;
-    const Bf16* source = static_cast<const Bf16*>(p.hidden) + block * kBlock;
-    auto load_places = [&](int first) {
-      if (works && first + group < places) x.load(source + int64_t{first + group} * p.intermediate_size);
-    };
-    int ready = begin < end ? assignments[begin].first : 0;  // places up to here are quantised
-    load_places(ready);
-    if (works) {
-      for (int i = begin + lane; i < end; i += 32) {
-        const int64_t scale_row = int64_t{assignments[i].expert} * (p.hidden_size / kBlock) + row / kBlock;
-        w_scales[i * team_warps + member] = __ldg(p.w2_scale + scale_row * rows.blocks + block);
+    for (int chunk = 0; chunk < rows.chunks; ++chunk) {
+      const int block = chunk * team_warps + member, pitch = rows.blocks_of(chunk) * kBlockBytes;
+      const bool works = member < rows.blocks_of(chunk);
+      const uint32_t own_weights = member * kBlockBytes + WeightBlock<Value>::lane_offset(pitch);
+      if (chunk == 0) {
+        if constexpr (F::kRowScales) {
+          for (int i = begin * kRows + 32 * member + lane; i < end * kRows; i += 32 * team_warps) {
+            const int64_t expert = assignments[i / kRows].expert;
+            w_scales[i] = __ldg(p.w2_scale + (p.row_scales ? expert * p.hidden_size + row + i % kRows : expert));
+          }
+        }
+        pdl_wait();
+        pdl_trigger();
+      }
+      Group<kScales> x;
+      const Bf16* source = static_cast<const Bf16*>(p.hidden) + block * F::kBlock;
+      auto load_places = [&](int first) {
+        if (works && first + group < places) x.load(source + int64_t{first + group} * p.intermediate_size);
+      };
+      int ready = begin < end ? assignments[begin].first : 0;  // places up to here are quantised
+      load_places(ready);
+      if constexpr (F::kBlocks) {
+        if (works) {
+          for (int i = begin + lane; i < end; i += 32) {
+            const int64_t scale_row = int64_t{assignments[i].expert} * (p.hidden_size / F::kBlock) + row / F::kBlock;
+            w_scales[i * team_warps + member] = __ldg(p.w2_scale + scale_row * rows.blocks + block);
+          }
+        }
+      } else if (chunk == 0) {
+        if (!given) {
+          // The maximum of all tokens is over both teams' places.
+          const int first = F::kTokens ? ready : 0;
+          const int last = F::kTokens || assignments.size() == 0 ? places : assignments[assignments.size() - 1].end();
+          for (int i = first + 8 * member; i < last; i += 8 * team_warps) {
+            const int place = i + group;
+            const uint32_t bits = largest_of(p, place, place < last) << 16;
+            if (quad == 0 && place < last) {
+              if (F::kTokens) {
+                maxima[kTeams + place] = bits;
+              } else {
+                atomicMax(maxima + team, bits);
+              }
+            }
+          }
+        }
+        sync_threads(2 + team, 32 * team_warps);
+      }
+      __syncwarp();
+#pragma unroll 1
+      for (int at = begin; at < end; ++at) {
+        const Entry entry = assignments[at];
+        while (ready < entry.end()) {
+          const int place = ready + group;
+          uint8_t* const destination = quantised + place % kSlots * kBlockBytes;
+          float s = 0.0f;
+          if constexpr (F::kBlocks) {
+            s = x.quantize(destination, place, place < places);
+          } else if (place < places) {
+            const uint32_t largest = maxima[F::kTokens ? kTeams + place : team];
+            s = x.scale_of(largest, p.hidden_scale);
+            x.quantize(destination, place, largest, p.hidden_scale);
+          }
+          if (quad == 0 && place < places) x_scales[place % kSlots] = s * assignments.weight(place);
+          ready += 8;
+          load_places(ready);
+          __syncwarp();
+        }
+        const uint32_t buffer = ring.wait();
+        if (works) {
+          WeightBlock<Value> w;
+          w.load(buffer + own_weights, pitch);
+          const float upper_scale = F::kBlocks ? w_scales[at * team_warps + member] : w_scales[at * kRows + group];
+          const float lower_scale = F::kBlocks ? upper_scale : w_scales[at * kRows + kRows / 2 + group];
+#pragma unroll
+          for (int set = 0; set < kSets; ++set) {
+            if (kSets > 1 && (entry.tokens >> 8 * set & 0xff) == 0) continue;
+            // A column without a token takes another's activations: nobody reads its sums.
+            const int token = 8 * set + group, place = entry.has(token) ? entry.place(token) : entry.first;
+            const uint32_t address = columns + place % kSlots * kBlockBytes;
+            const uint4 column[2] = {load_shared(address + shared_half(place, 0)),
+                                     load_shared(address + shared_half(place, 1))};
+            const float scale = F::kBlocks ? x_scales[place % kSlots] * upper_scale : x_scales[place % kSlots];
+            const float x0 = __shfl_sync(kFullWarp, scale, 8 * quad), x1 = __shfl_sync(kFullWarp, scale, 8 * quad + 4);
+            float product[4];
+            w.multiply(product, column);
+            if constexpr (F::kRowScales) {
+              product[0] *= upper_scale, product[1] *= upper_scale;
+              product[2] *= lower_scale, product[3] *= lower_scale;
+            }
+            if (entry.has(8 * set + 2 * quad)) sum[set][0] += product[0] * x0, sum[set][2] += product[2] * x0;
+            if (entry.has(8 * set + 2 * quad + 1)) sum[set][1] += product[1] * x1, sum[set][3] += product[3] * x1;
+          }
+        }
+        ring.release();
+        ring.advance();
+        __syncwarp();  // before others' activations come to the same places
       }
     }
-    __syncwarp();
+  } else {
+    pdl_wait();
+    pdl_trigger();
 #pragma unroll 1
-    for (int at = begin; at < end; ++at) {
-      const Entry entry = assignments[at];
-      while (ready < entry.end()) {
-        const int place = ready + group;
-        const float s = x.quantize(quantised + place % kSlots * kBlock, place, place < places);
-        if (quad == 0 && place < places) x_scales[place % kSlots] = s * assignments.weight(place);
-        ready += 8;
-        load_places(ready);
-        __syncwarp();
-      }
-      const uint32_t buffer = ring.wait();
-      if (works) {
-        WeightBlock w;
-        w.load(buffer + own_weights, pitch);
-        const float w_scale = w_scales[at * team_warps + member];
+    for (int chunk = 0; chunk < rows.chunks; ++chunk) {
+      const int blocks = rows.blocks_of(chunk), pitch = blocks * kBlockBytes;
+      const uint32_t own_weights = member * kBlockBytes + WeightBlock<Value>::lane_offset(pitch);
+      const uint4* const source = reinterpret_cast<const uint4*>(
+          static_cast<const Bf16*>(p.hidden) + (chunk * rows.largest() + member) * F::kBlock) + quad;
+      // The activations of an entry, which go from memory to where the product takes them.
+      uint4 x[kSets][F::kWarpBlocks][2] = {};
+      auto load_x = [&](const Entry& entry) {
 #pragma unroll
         for (int set = 0; set < kSets; ++set) {
           if (kSets > 1 && (entry.tokens >> 8 * set & 0xff) == 0) continue;
           // A column without a token takes another's activations: nobody reads its sums.
           const int token = 8 * set + group, place = entry.has(token) ? entry.place(token) : entry.first;
-          const uint32_t address = columns + place % kSlots * kBlock;
-          const uint4 column[2] = {load_shared(address + quantised_half(place, 0)),
-                                   load_shared(address + quantised_half(place, 1))};
-          const float scale = x_scales[place % kSlots] * w_scale;
-          const float x0 = __shfl_sync(kFullWarp, scale, 8 * quad), x1 = __shfl_sync(kFullWarp, scale, 8 * quad + 4);
-          float product[4];
-          w.multiply(product, column);
-          if (entry.has(8 * set + 2 * quad)) sum[set][0] += product[0] * x0, sum[set][2] += product[2] * x0;
-          if (entry.has(8 * set + 2 * quad + 1)) sum[set][1] += product[1] * x1, sum[set][3] += product[3] * x1;
+          const uint4* const own = source + int64_t{place} * (p.intermediate_size / 8);
+#pragma unroll
+          for (int i = 0; i < F::kWarpBlocks; ++i) {
+            if (i * team_warps + member >= blocks) continue;
+            x[set][i][0] = own[i * team_warps * (kBlockBytes / 16)];
+            x[set][i][1] = own[i * team_warps * (kBlockBytes / 16) + kBlockBytes / 32];
+          }
+        }
+      };
+      if (begin < end) load_x(assignments[begin]);
+#pragma unroll 1
+      for (int at = begin; at < end; ++at) {
+        const Entry entry = assignments[at];
+        const uint32_t buffer = ring.wait();
+        float product[kSets][4] = {}, other[kSets][4] = {};
+#pragma unroll
+        for (int i = 0; i < F::kWarpBlocks; ++i) {
+          if (i * team_warps + member >= blocks) continue;
+          WeightBlock<Value> w;
+          w.load(buffer + own_weights + i * team_warps * kBlockBytes, pitch);
+#pragma unroll
+          for (int set = 0; set < kSets; ++set) {
+            if (kSets > 1 && (entry.tokens >> 8 * set & 0xff) == 0) continue;
+            w.add_product(product[set], other[set], x[set][i]);
+          }
+        }
+        ring.release();
+        ring.advance();
+        if (at + 1 < end) load_x(assignments[at + 1]);
+#pragma unroll
+        for (int set = 0; set < kSets; ++set) {
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            const int token = 8 * set + 2 * quad + i;
+            if (!entry.has(token)) continue;
+            const float weight = assignments.weight(entry.place(token));
+            sum[set][i] += (product[set][i] + other[set][i]) * weight;
+            sum[set][i + 2] += (product[set][i + 2] + other[set][i + 2]) * weight;
+          }
         }
       }
-      __syncwarp();
-      if (lane == 0) ring.release();
-      ring.advance();
     }
   }
 
   sync_threads(1, threads);
-  float4* const partials = reinterpret_cast<float4*>(shared + layout.quantised) + lane;
+  float4* const partials = reinterpret_cast<float4*>(shared + layout.activations) + lane;
 #pragma unroll
   for (int set = 0; set < kSets; ++set) {
     partials[(set * warps + warp) * 32] = make_float4(sum[set][0], sum[set][1], sum[set][2], sum[set][3]);

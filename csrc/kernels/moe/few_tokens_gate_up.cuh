@@ -6,23 +6,27 @@ namespace vllm_b200 {
 
 constexpr int kGateUpWarps = 8;  // besides the one that fetches
 constexpr int kGateUpThreads = 32 * kGateUpWarps;
+constexpr int kGateUpRegisters = 128;  // no format needs more
 constexpr int kTeamWarps = kGateUpWarps / kTeams, kTeamThreads = 32 * kTeamWarps;
 using GateUpRows = RowChunks<16>;
 
 __device__ __forceinline__ float silu(float x) { return __fdividef(x, 1.0f + __expf(-x)); }
 __device__ __forceinline__ float rounded(float x) { return __bfloat162float(__float2bfloat16_rn(x)); }
 
-// The dynamic shared memory: barriers | assignments | scales of x | partial sums | quantised x | ring.
+// The dynamic shared memory: barriers | assignments | scales of x | maxima of places | partial sums | x | ring.
+template <Scales kScales>
 struct GateUpLayout {
+  using F = Format<kScales>;
   GateUpRows rows;
-  int assignments, scales, partials, quantised, ring, end;
+  int assignments, scales, maxima, partials, activations, ring, end;
 
-  __host__ __device__ GateUpLayout(const FewTokensMoeParams& p, int stages) : rows(p.hidden_size) {
+  __host__ __device__ GateUpLayout(const FewTokensMoeParams& p, int stages) : rows(p.hidden_size / F::kBlock) {
     assignments = Ring::barrier_bytes(stages);
     scales = round_up(assignments + Assignments::bytes(p), 16);
-    partials = round_up(scales + 4 * rows.blocks * p.num_tokens, 16);
-    quantised = partials + 2 * kGateUpThreads * 16 * (p.num_tokens > kTileTokens ? 2 : 1);
-    ring = round_up(quantised + p.num_tokens * p.hidden_size, 128);
+    maxima = scales + 4 * (F::kBlocks ? rows.blocks : 1) * p.num_tokens;
+    partials = round_up(maxima + (F::kRowScales ? 4 * p.num_tokens * p.top_k : 0), 16);
+    activations = partials + 2 * kGateUpThreads * 16 * (p.num_tokens > kTileTokens ? 2 : 1);
+    ring = round_up(activations + p.num_tokens * rows.blocks * kBlockBytes, 128);
     end = ring + stages * rows.stage_bytes();
   }
 };
@@ -39,30 +43,86 @@ struct Cursor {
   }
 };
 
+// The scales of a tile's weights, which a lane asks for a tile ahead.
+template <Scales kScales>
+struct TileScales {
+  struct Value {};
+  __device__ TileScales(const FewTokensMoeParams&, const GateUpRows&, int) {}
+  __device__ __forceinline__ Value load(const FewTokensMoeParams&, int, int) const { return {}; }
+};
+
+// Lane 2 i has the gate's scale of the warp's block i, lane 2 i + 1 that of the other half.
+template <Scales kScales>
+  requires Format<kScales>::kBlocks
+struct TileScales<kScales> {
+  using Value = float;
+  int scale_rows, blocks;
+  bool has;
+  const float* source;
+
+  __device__ TileScales(const FewTokensMoeParams& p, const GateUpRows& rows, int member) : blocks(rows.blocks) {
+    const int lane = threadIdx.x % 32, block = member + lane / 2 * kTeamWarps;
+    scale_rows = p.intermediate_size / kBlockBytes;
+    has = block < rows.blocks;
+    source = p.w13_scale + (lane % 2 != p.up_first ? scale_rows * rows.blocks : 0) + block;
+  }
+  __device__ __forceinline__ float load(const FewTokensMoeParams& p, int expert, int column_tile) const {
+    if (!has) return 0.0f;
+    const int row = 2 * expert * scale_rows + column_tile * (kRows / 2) / kBlockBytes;
+    return __ldg(source + int64_t{row} * blocks);
+  }
+};
+
+// x: of the gate's row that the lane's sums are for; y: of the other half's.
+template <Scales kScales>
+  requires Format<kScales>::kRowScales
+struct TileScales<kScales> {
+  using Value = float2;
+
+  __device__ TileScales(const FewTokensMoeParams&, const GateUpRows&, int) {}
+  __device__ __forceinline__ float2 load(const FewTokensMoeParams& p, int expert, int column_tile) const {
+    if (!p.row_scales) {
+      const float scale = __ldg(p.w13_scale + expert);
+      return make_float2(scale, scale);
+    }
+    const float* const first = p.w13_scale + 2 * int64_t{expert} * p.intermediate_size +
+                               column_tile * (kRows / 2) + threadIdx.x % 32 / 4;
+    const float lower = __ldg(first), upper = __ldg(first + p.intermediate_size);
+    return p.up_first ? make_float2(upper, lower) : make_float2(lower, upper);
+  }
+};
+
 // A tile is 8 rows of the gate and the 8 of the other half that belong to the same columns, so that a lane holds both
 // factors of silu(gate) * up, which it writes to `hidden`, by places (see Entry).
-template <bool kPow2, int kSets>
-__global__ void __maxnreg__(kRegisters) gate_up_kernel(const __grid_constant__ FewTokensMoeParams p, int stages) {
-  constexpr int kBatch = 2 * kSets;  // blocks of x that a lane loads at once
+template <Scales kScales, int kSets>
+__global__ void __maxnreg__(kGateUpRegisters) gate_up_kernel(const __grid_constant__ FewTokensMoeParams p, int stages) {
+  using F = Format<kScales>;
+  using Value = typename F::Value;
+  constexpr int kBatch = (F::kQuantised ? 2 : 4) * kSets;  // blocks of x that a lane loads at once
   extern __shared__ __align__(128) uint8_t shared[];
   const int lane = threadIdx.x % 32, warp = warp_index(), group = lane / 4, quad = lane % 4;
-  const GateUpLayout layout(p, stages);
+  const GateUpLayout<kScales> layout(p, stages);
   const GateUpRows rows = layout.rows;
   Ring ring = {shared_address(shared + layout.ring), shared_address(shared), stages, rows.stage_bytes()};
   Assignments assignments(shared + layout.assignments, p);
   float* const scales = reinterpret_cast<float*>(shared + layout.scales);
-  if (threadIdx.x == 0) ring.init(1);
+  uint32_t* const x_maxima = reinterpret_cast<uint32_t*>(scales);  // of rows
+  uint32_t* const maxima = reinterpret_cast<uint32_t*>(shared + layout.maxima);  // of what goes to places of `hidden`
+  if (threadIdx.x == 0) ring.init(kTeamThreads);
+  if constexpr (F::kRowScales) {
+    for (int i = threadIdx.x; i < p.num_tokens * (1 + p.top_k); i += blockDim.x) x_maxima[i] = 0;  // of both
+  }
   assignments.clear(p);
-  // x is quantised by pairs of a block and a token.
+  // x comes to shared memory by pairs of a block and a token.
   const int pairs = rows.blocks * p.num_tokens;
   int pair = warp * 8 + group;
   const Bf16* sources[kBatch];
-  Group<kPow2> x[kBatch];
+  Group<kScales> x[kBatch];
   auto find_x = [&] {
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
       const int p_i = pair + 8 * kGateUpWarps * i, block = p_i / p.num_tokens;
-      sources[i] = static_cast<const Bf16*>(p.x) + (p_i - block * p.num_tokens) * p.x_stride + block * kBlock;
+      sources[i] = static_cast<const Bf16*>(p.x) + (p_i - block * p.num_tokens) * p.x_stride + block * F::kBlock;
     }
   };
   auto load_x = [&] {
@@ -87,121 +147,161 @@ __global__ void __maxnreg__(kRegisters) gate_up_kernel(const __grid_constant__ F
 
   if (warp == kGateUpWarps) {
     if (!elect_lane()) return;
-    const uint64_t policy = evict_first_policy();
-    const int64_t half = int64_t{p.intermediate_size} * p.hidden_size;
+    WeightStream weights(ring);
+    const int pitch = p.hidden_size * sizeof(Value);
+    const int64_t half = int64_t{p.intermediate_size} * pitch;
 #pragma unroll 1
     for (Cursor at(begin, expert_tiles); at.tile < end; at.advance(expert_tiles)) {
       const uint8_t* const first = static_cast<const uint8_t*>(p.w13) + 2 * assignments[at.entry].expert * half +
-                                   int64_t{at.column_tile} * (kRows / 2) * p.hidden_size;
+                                   int64_t{at.column_tile} * (kRows / 2) * pitch;
 #pragma unroll 1
       for (int chunk = 0; chunk < rows.chunks; ++chunk) {
-        ring.fetch(first + (p.up_first ? half : 0), first + (p.up_first ? 0 : half), chunk * rows.largest() * kBlock,
-                   rows.blocks_of(chunk) * kBlock, p.hidden_size, policy);
+        weights.fetch(first + (p.up_first ? half : 0), first + (p.up_first ? 0 : half),
+                      chunk * rows.largest() * kBlockBytes, rows.blocks_of(chunk) * kBlockBytes, pitch);
       }
     }
     return;
   }
 
-  // Lane 2 i has the gate's scale of the warp's block i, lane 2 i + 1 that of the other half.
   const int team = warp / kTeamWarps, member = warp % kTeamWarps;
   // The teams take turns with the tiles, where that gives each its own buffers.
-  const int teams = rows.chunks == 1 && stages % kTeams == 0 ? kTeams : 1;
-  const int scale_rows = p.intermediate_size / kBlock, scale_block = member + lane / 2 * kTeamWarps;
-  const float* const scale_source =
-      p.w13_scale + (lane % 2 != p.up_first ? scale_rows * rows.blocks : 0) + scale_block;
-  auto scale_of = [&](const Cursor& cursor) {
-    if (cursor.tile >= end || scale_block >= rows.blocks) return 0.0f;
-    const int row = 2 * assignments[cursor.entry].expert * scale_rows + cursor.column_tile * (kRows / 2) / kBlock;
-    return __ldg(scale_source + int64_t{row} * rows.blocks);
-  };
+  const int teams = stages % (kTeams * rows.chunks) == 0 ? kTeams : 1;
+  const TileScales<kScales> tile_scales(p, rows, member);
   Cursor at(begin + team, expert_tiles);
-  float next_scale = scale_of(at);
+  auto scale_of = [&](const Cursor& cursor) {
+    return cursor.tile < end ? tile_scales.load(p, assignments[cursor.entry].expert, cursor.column_tile)
+                             : typename TileScales<kScales>::Value{};
+  };
+  auto next_scale = scale_of(at);
 
-  while (true) {
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      const int p_i = pair + 8 * kGateUpWarps * i;
-      const float s = x[i].quantize(shared + layout.quantised + p_i * kBlock, p_i % p.num_tokens, p_i < pairs);
-      if (quad == 0 && p_i < pairs) scales[p_i] = s;
-    }
+  // The next pairs, if there are any.
+  auto advance_x = [&] {
     pair += 8 * kGateUpWarps * kBatch;
-    if (__all_sync(kFullWarp, pair >= pairs)) break;
+    if (__all_sync(kFullWarp, pair >= pairs)) return false;
     find_x();
     load_x();
+    return true;
+  };
+  if (F::kTokens || (F::kRowScales && p.x_scale == nullptr)) {
+    do {
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        const int p_i = pair + 8 * kGateUpWarps * i;
+        if constexpr (F::kRowScales) {
+          uint32_t bits = p_i < pairs ? x[i].maximum() : 0;
+          bits = max(bits, __shfl_xor_sync(kFullWarp, bits, 1));
+          bits = max(bits, __shfl_xor_sync(kFullWarp, bits, 2));
+          if (quad == 0 && p_i < pairs) atomicMax(x_maxima + (F::kTokens ? p_i % p.num_tokens : 0), bits);
+        }
+      }
+    } while (advance_x());
+    pair = warp * 8 + group;
+    if (pairs > 8 * kGateUpWarps * kBatch) {
+      find_x();
+      load_x();
+    }
+    sync_threads(1, kGateUpThreads);
   }
+  do {
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const int p_i = pair + 8 * kGateUpWarps * i, token = p_i % p.num_tokens;
+      uint8_t* const destination = shared + layout.activations + p_i * kBlockBytes;
+      if constexpr (F::kBlocks) {
+        const float s = x[i].quantize(destination, token, p_i < pairs);
+        if (quad == 0 && p_i < pairs) scales[p_i] = s;
+      } else if (p_i < pairs) {
+        if constexpr (F::kRowScales) {
+          x[i].quantize(destination, token, x_maxima[F::kTokens ? token : 0], p.x_scale);
+        } else {
+          x[i].store(destination, token);
+        }
+      }
+    }
+  } while (advance_x());
   sync_threads(1, kGateUpThreads);
   if (team >= teams) return;
 
   // Columns without a token take another's: nobody reads their sums.
   const int last = p.num_tokens - 1;
   uint32_t column_of[kSets];
-  const float* column_scales[kSets][2];
+  const float* column_scales[kSets][2];  // of blocks
+  float row_scales[kSets][2] = {};       // of rows
 #pragma unroll
   for (int set = 0; set < kSets; ++set) {
     const int token = min(8 * set + group, last);
-    column_of[set] = shared_address(shared + layout.quantised) + (member * p.num_tokens + token) * kBlock +
-                     quantised_half(token, 0) + quad * 16;
+    column_of[set] = shared_address(shared + layout.activations) + (member * p.num_tokens + token) * kBlockBytes +
+                     shared_half(token, 0) + quad * 16;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      column_scales[set][i] = scales + member * p.num_tokens + min(8 * set + 2 * quad + i, last);
+      const int column = min(8 * set + 2 * quad + i, last);
+      column_scales[set][i] = scales + member * p.num_tokens + column;
+      if constexpr (F::kRowScales) row_scales[set][i] = x[0].scale_of(x_maxima[F::kTokens ? column : 0], p.x_scale);
     }
   }
   auto other_half = [&](int set) {
     const int token = min(8 * set + group, last);
-    return quantised_half(token, 1) - quantised_half(token, 0);
+    return shared_half(token, 1) - shared_half(token, 0);
   };
   float4* const partials =
       reinterpret_cast<float4*>(shared + layout.partials) + team * 2 * kSets * kTeamThreads + lane;
-  for (int i = 0; i < team; ++i) ring.advance();
+  ring.advance(team * rows.chunks);
 
 #pragma unroll 1
   for (int turn = 0; at.tile < end; ++turn) {
     const Cursor current = at;
-    const float scale = next_scale;
+    const auto scale = next_scale;
     for (int i = 0; i < teams; ++i) at.advance(expert_tiles);
     next_scale = scale_of(at);
-    float sum[kSets][4] = {};
+    Sum<Value> sum[kSets][4] = {}, other[kSets][4] = {};
     int mine = 0;  // of the warp's blocks
 #pragma unroll 1
     for (int chunk = 0; chunk < rows.chunks; ++chunk) {
-      const int blocks = rows.blocks_of(chunk), pitch = blocks * kBlock;
+      const int blocks = rows.blocks_of(chunk), pitch = blocks * kBlockBytes;
       const uint32_t weights = ring.wait();
 #pragma unroll kSets == 1 ? 2 : 1
       for (int block = member; block < blocks; block += kTeamWarps, ++mine) {
-        WeightBlock w;
-        w.load(weights + block * kBlock + WeightBlock::lane_offset(pitch), pitch);
-        const float gate_scale = __shfl_sync(kFullWarp, scale, 2 * mine);
-        const float up_scale = __shfl_sync(kFullWarp, scale, 2 * mine + 1);
+        WeightBlock<Value> w;
+        w.load(weights + block * kBlockBytes + WeightBlock<Value>::lane_offset(pitch), pitch);
         const int offset = mine * kTeamWarps * p.num_tokens;
+        float gate_scale, up_scale;
+        if constexpr (F::kBlocks) {
+          gate_scale = __shfl_sync(kFullWarp, scale, 2 * mine);
+          up_scale = __shfl_sync(kFullWarp, scale, 2 * mine + 1);
+        }
 #pragma unroll
         for (int set = 0; set < kSets; ++set) {
-          const uint32_t address = column_of[set] + offset * kBlock;
+          const uint32_t address = column_of[set] + offset * kBlockBytes;
           const uint4 column[2] = {load_shared(address), load_shared(address + other_half(set))};
-          const float x0 = column_scales[set][0][offset], x1 = column_scales[set][1][offset];
-          float product[4];
-          w.multiply(product, column);
-          sum[set][0] += product[0] * (x0 * gate_scale);
-          sum[set][1] += product[1] * (x1 * gate_scale);
-          sum[set][2] += product[2] * (x0 * up_scale);
-          sum[set][3] += product[3] * (x1 * up_scale);
+          if constexpr (F::kBlocks) {
+            const float x0 = column_scales[set][0][offset], x1 = column_scales[set][1][offset];
+            float product[4];
+            w.multiply(product, column);
+            sum[set][0] += product[0] * (x0 * gate_scale);
+            sum[set][1] += product[1] * (x1 * gate_scale);
+            sum[set][2] += product[2] * (x0 * up_scale);
+            sum[set][3] += product[3] * (x1 * up_scale);
+          } else {
+            w.add_product(sum[set], other[set], column);
+          }
         }
       }
-      if (chunk + 1 < rows.chunks) {
-        sync_threads(1 + team, kTeamThreads);
-        if (member == 0 && lane == 0) ring.release();
-        ring.advance();
-      }
+      ring.release();
+      if (chunk + 1 < rows.chunks) ring.advance();
     }
     float4* const tile_partials = partials + turn % 2 * kSets * kTeamThreads;
 #pragma unroll
     for (int set = 0; set < kSets; ++set) {
+      if constexpr (!F::kBlocks) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sum[set][i] += other[set][i];
+      }
       tile_partials[set * kTeamThreads + 32 * member] =
           make_float4(sum[set][0], sum[set][1], sum[set][2], sum[set][3]);
     }
     sync_threads(1 + team, kTeamThreads);
     // The members take turns to add up; the others go on with the next tile.
     if (member == turn % kTeamWarps) {
-      if (lane == 0) ring.release();
       const Entry entry = assignments[current.entry];
       Bf16* const hidden = static_cast<Bf16*>(p.hidden) + current.column_tile * (kRows / 2) + group;
 #pragma unroll
@@ -217,13 +317,35 @@ __global__ void __maxnreg__(kRegisters) gate_up_kernel(const __grid_constant__ F
         for (int i = 0; i < 2; ++i) {
           const int token = 8 * set + 2 * quad + i;
           if (!entry.has(token)) continue;
-          const float gate = i == 0 ? total.x : total.y, up = i == 0 ? total.z : total.w;
-          hidden[int64_t{entry.place(token)} * p.intermediate_size] =
-              __float2bfloat16_rn(silu(rounded(gate)) * rounded(up));
+          float gate = i == 0 ? total.x : total.y, up = i == 0 ? total.z : total.w;
+          if constexpr (F::kRowScales) {
+            gate = gate * row_scales[set][i] * scale.x;
+            up = up * row_scales[set][i] * scale.y;
+          }
+          const int place = entry.place(token);
+          const Bf16 value = __float2bfloat16_rn(silu(rounded(gate)) * rounded(up));
+          if constexpr (F::kRowScales) {
+            const uint32_t bits = __bfloat16_as_ushort(value) & 0x7fff;
+            // The scale of a tensor leaves NaN out.
+            if (F::kTokens || bits <= 0x7f80) atomicMax(maxima + place, bits);
+          }
+          hidden[int64_t{place} * p.intermediate_size] = value;
         }
       }
     }
-    for (int i = 0; i < teams; ++i) ring.advance();
+    ring.advance(1 + (teams - 1) * rows.chunks);
+  }
+
+  if constexpr (F::kRowScales) {
+    if (!F::kTokens && p.maxima == nullptr) return;
+    // Each tile gets the maxima of all of the block's tiles.
+    sync_threads(1 + kTeams, teams * kTeamThreads);
+    for (int tile = begin + threadIdx.x; tile < end; tile += teams * kTeamThreads) {
+      const Cursor cursor(tile, expert_tiles);
+      const Entry entry = assignments[cursor.entry];
+      uint16_t* const column = static_cast<uint16_t*>(p.maxima) + cursor.column_tile;
+      for (int place = entry.first; place < entry.end(); ++place) column[place * expert_tiles] = maxima[place];
+    }
   }
 }
 

@@ -47,6 +47,13 @@ __device__ __forceinline__ float divide_by(float a) {
   return __float_as_uint(a) < 0x7f800000u ? quotient : a;
 }
 
+// scale = max(min(amax, upper bound) / 448, 1 / (448 * 512)), vLLM's floor; NaN passes.
+__device__ __forceinline__ float token_scale_e4m3(uint32_t amax, const float* upper_bound) {
+  float bound = __uint_as_float(amax);
+  if (upper_bound != nullptr) bound = min_nan(bound, *upper_bound);
+  return max_nan(divide_by<448>(bound), 1.0f / (448.0f * 512.0f));
+}
+
 // x / y for x of 11 significant bits at most, as x * high + x * low with high +
 // low = 1 / y to some 47 bits: rounded once, so equal to the true quotient
 // wherever that decides about the 8-bit result (tests/test_quant.py goes

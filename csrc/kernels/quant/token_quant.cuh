@@ -97,13 +97,6 @@ __device__ __forceinline__ void quantize_asymmetric(const Chunk<T, kSize>& chunk
   store_words(destination, packed);
 }
 
-// scale = max(min(amax, upper bound) / 448, 1 / (448 * 512)), vLLM's floor; NaN passes.
-__device__ __forceinline__ float token_scale_e4m3(uint32_t amax, const float* upper_bound) {
-  float bound = __uint_as_float(amax);
-  if (upper_bound != nullptr) bound = min_nan(bound, *upper_bound);
-  return max_nan(divide_by<448>(bound), 1.0f / (448.0f * 512.0f));
-}
-
 // Quantises the row of the calling warps from its chunks in registers: chunk i goes to destination[i], or nowhere if null.
 template <TokenQuant kKind, typename Divide, int kChunks, typename Values>
 __device__ __forceinline__ void quantize_row(const Values (&chunk)[kChunks], void* const (&destination)[kChunks],

@@ -1,0 +1,264 @@
+"""The experts of a mixture-of-experts layer for few tokens: two kernels and their reference."""
+
+from enum import IntEnum
+
+import torch
+
+from vllm_b200_plugin.ops import _library
+from vllm_b200_plugin.ops._library import torch_library
+from vllm_b200_plugin.ops.moe import check_experts
+from vllm_b200_plugin.ops.quant import QUANT_MAX, per_token_group_quant
+from vllm_b200_plugin.ops.token_quant import check_number, per_tensor_quant, per_token_quant
+
+BLOCK_SHAPE = (128, 128)
+MAX_ASSIGNMENTS = 512  # num_tokens * topk
+MAX_EXPERTS = 1024
+MAX_HIDDEN_SIZE = 8192
+MAX_TOKENS_OF_ONE_SCALE = 16
+_TILE = 8  # columns of the hidden activations that have one entry in the maxima
+
+
+class ExpertFormat(IntEnum):
+    """What the weights of experts are, and how activations are quantised for both products."""
+
+    BF16 = 0  # bf16 weights; activations as they are
+    FP8_BLOCK = 1  # e4m3 in blocks of 128x128; activations in groups of 128
+    FP8_BLOCK_POW2 = 2  # the same, activation scales rounded up to powers of two, as DeepGEMM's scale format wants
+    FP8_TOKEN = 3  # e4m3 with a scale for each output channel or expert; activations with one for each token
+    FP8_TENSOR = 4  # the same; activations with one scale, given or that of the largest
+    INT8_TOKEN = 5  # as FP8_TOKEN, in int8
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        if self == ExpertFormat.BF16:
+            return torch.bfloat16
+        return torch.int8 if self == ExpertFormat.INT8_TOKEN else torch.float8_e4m3fn
+
+    @property
+    def has_blocks(self) -> bool:
+        return self in (ExpertFormat.FP8_BLOCK, ExpertFormat.FP8_BLOCK_POW2)
+
+    @property
+    def multiple(self) -> int:
+        """Of hidden and intermediate size."""
+        return 128 // self.weight_dtype.itemsize
+
+
+def few_tokens_moe(
+    x: torch.Tensor,
+    w13: torch.Tensor,
+    w13_scale: torch.Tensor | None,
+    w2: torch.Tensor,
+    w2_scale: torch.Tensor | None,
+    topk_weights: torch.Tensor | None,
+    topk_ids: torch.Tensor,
+    *,
+    format: ExpertFormat = ExpertFormat.FP8_BLOCK,
+    expert_map: torch.Tensor | None = None,
+    x_scale: torch.Tensor | None = None,
+    hidden_scale: torch.Tensor | None = None,
+    up_first: bool = False,
+    scratch: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    pdl: bool = True,
+) -> torch.Tensor:
+    """For every token the weighted sum over its experts of silu_and_mul(x @ w13.T) @ w2.T, for few tokens: two kernels
+    that read the weights of each expert once for 16 tokens, without sorting, padding or quantising launches.
+
+    The activations of both products are quantised as vLLM does: in groups as `per_token_group_quant`, by token as
+    `per_token_quant`, by a given scale as `per_tensor_quant`, or by the scale max|x| / 448 of all that are numbers; in
+    int8 as vLLM's Triton kernel: x * (127 / max(max|x|, 1e-10)) to the nearest, ties away from zero.
+    Between the products the values are rounded to bfloat16; the weighted sum is fp32. A row of the result depends on
+    no other, except through that last scale.
+
+    Args:
+        x: [num_tokens, hidden_size] bfloat16; rows may be strided, at multiples of 16 bytes.
+        w13: [num_experts, 2 * intermediate_size, hidden_size] bfloat16, float8_e4m3fn or int8, as `format` says.
+        w13_scale: float32. Blocks: [num_experts, 2 * intermediate_size / 128, hidden_size / 128]; channels:
+            [num_experts, 2 * intermediate_size]; experts: [num_experts]; None with BF16.
+        w2: [num_experts, hidden_size, intermediate_size] in the dtype of w13.
+        w2_scale: [num_experts, hidden_size / 128, intermediate_size / 128], [num_experts, hidden_size],
+            [num_experts] or None likewise, of as many dimensions as w13_scale.
+        topk_weights: [num_tokens, topk] float32; None: the experts are summed as they are.
+        topk_ids: [num_tokens, topk] int32 or int64; ids that are no expert's, such as -1, add nothing.
+        format: see ExpertFormat.
+        expert_map: [num_global_experts] int32, the index in w13 of an id's expert, or -1 where it is not here.
+        x_scale, hidden_scale: one float32 each, the scales of both products' activations with FP8_TENSOR; None: that
+            of the largest, for 16 tokens at most.
+        up_first: the first half of w13's rows is the one without the activation function, not the gate's.
+        scratch: bfloat16, contiguous, of scratch_elements() elements at least.
+        out: [num_tokens, hidden_size] bfloat16: where to write the result.
+        pdl: launch the first kernel with programmatic stream serialization.
+
+    Returns:
+        [num_tokens, hidden_size] bfloat16.
+
+    Raises:
+        ValueError: an argument is not as above; few_tokens_refusal() says for which sizes.
+    """
+    check_experts(x, w13, w2, topk_ids if topk_weights is None else topk_weights, topk_ids)
+    num_tokens, topk = topk_ids.shape
+    if x.dtype != torch.bfloat16:
+        raise ValueError(f"x: takes bfloat16, got {x.dtype}")
+    sizes = (w13.shape[0], w13.shape[2], w13.shape[1] // 2)
+    if refusal := few_tokens_refusal(num_tokens * topk, *sizes, format):
+        raise ValueError(refusal)
+    _check_scales(w13, w13_scale, w2, w2_scale, format)
+    _check_given(x_scale, hidden_scale, num_tokens, format)
+    if scratch is None:
+        scratch = x.new_empty(scratch_elements(num_tokens * topk, sizes[2]))
+    if out is None:
+        out = x.new_empty(x.shape)
+    torch.ops.vllm_b200.few_tokens_moe(
+        x, w13, w13_scale, w2, w2_scale, topk_weights, topk_ids, expert_map, x_scale, hidden_scale, scratch, out,
+        up_first, int(format), pdl,
+    )  # fmt: skip
+    return out
+
+
+def scratch_elements(num_assignments: int, intermediate_size: int) -> int:
+    """Of the scratch tensor: the hidden activations, and the maxima of every 8 of them."""
+    return num_assignments * (intermediate_size + intermediate_size // _TILE)
+
+
+def few_tokens_refusal(
+    num_assignments: int, num_experts: int, hidden_size: int, intermediate_size: int,
+    format: ExpertFormat = ExpertFormat.FP8_BLOCK,
+) -> str | None:  # fmt: skip
+    """Why few_tokens_moe cannot do a layer, or None where it can.
+
+    Args:
+        num_assignments: num_tokens * topk.
+        num_experts: on this GPU.
+        hidden_size, intermediate_size: on this GPU.
+        format: of the experts.
+    """
+    if num_assignments > MAX_ASSIGNMENTS:
+        return f"num_tokens * topk: takes {MAX_ASSIGNMENTS} at most, got {num_assignments}"
+    if not 0 < num_experts <= MAX_EXPERTS:
+        return f"num_experts: takes 1 to {MAX_EXPERTS}, got {num_experts}"
+    for name, size in (("hidden_size", hidden_size), ("intermediate_size", intermediate_size)):
+        if size == 0 or size % format.multiple:
+            return f"{name}: takes multiples of {format.multiple}, got {size}"
+    if hidden_size > MAX_HIDDEN_SIZE:
+        return f"hidden_size: takes {MAX_HIDDEN_SIZE} at most, got {hidden_size}"
+    return None
+
+
+def scale_shapes(w13_shape: torch.Size, format: ExpertFormat) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """The shapes that w13_scale and w2_scale may have; none with BF16."""
+    experts, rows, hidden_size = w13_shape
+    if format.has_blocks:
+        return [((experts, rows // 128, hidden_size // 128), (experts, hidden_size // 128, rows // 2 // 128))]
+    return [] if format == ExpertFormat.BF16 else [((experts, rows), (experts, hidden_size)), ((experts,), (experts,))]
+
+
+def _check_scales(
+    w13: torch.Tensor, w13_scale: torch.Tensor | None, w2: torch.Tensor, w2_scale: torch.Tensor | None,
+    format: ExpertFormat,
+) -> None:  # fmt: skip
+    for name, weight in (("w13", w13), ("w2", w2)):
+        if weight.dtype != format.weight_dtype:
+            raise ValueError(f"{name}: takes {format.weight_dtype} with {format.name}, got {weight.dtype}")
+    if w13_scale is None or w2_scale is None:
+        if format != ExpertFormat.BF16 or w13_scale is not w2_scale:
+            raise ValueError(f"w13_scale, w2_scale: {format.name} takes {scale_shapes(w13.shape, format)}, got None")
+        return
+    if (got := (tuple(w13_scale.shape), tuple(w2_scale.shape))) not in scale_shapes(w13.shape, format):
+        raise ValueError(f"w13_scale, w2_scale: {format.name} takes {scale_shapes(w13.shape, format)}, got {got}")
+
+
+def _check_given(
+    x_scale: torch.Tensor | None, hidden_scale: torch.Tensor | None, num_tokens: int, format: ExpertFormat
+) -> None:
+    for name, scale in (("x_scale", x_scale), ("hidden_scale", hidden_scale)):
+        if scale is None:
+            if format == ExpertFormat.FP8_TENSOR and num_tokens > MAX_TOKENS_OF_ONE_SCALE:
+                raise ValueError(
+                    f"{name}: takes a scale for more than {MAX_TOKENS_OF_ONE_SCALE} tokens, got None for {num_tokens}"
+                )
+        elif format != ExpertFormat.FP8_TENSOR:
+            raise ValueError(f"{name}: goes with FP8_TENSOR, got {format.name}")
+        else:
+            check_number(name, scale, torch.float32)
+
+
+torch_library.define(
+    "few_tokens_moe(Tensor x, Tensor w13, Tensor? w13_scale, Tensor w2, Tensor? w2_scale, Tensor? topk_weights, "
+    "Tensor topk_ids, Tensor? expert_map, Tensor? x_scale, Tensor? hidden_scale, Tensor(a!) scratch, Tensor(b!) out, "
+    "bool up_first, int format, bool pdl) -> ()"
+)
+
+
+@torch.library.register_fake("vllm_b200::few_tokens_moe", lib=torch_library)
+def _fake(*args: object) -> None:
+    return None
+
+
+@torch.library.impl(torch_library, "few_tokens_moe", "CPU")
+def _reference(
+    x: torch.Tensor, w13: torch.Tensor, w13_scale: torch.Tensor | None, w2: torch.Tensor,
+    w2_scale: torch.Tensor | None, topk_weights: torch.Tensor | None, topk_ids: torch.Tensor,
+    expert_map: torch.Tensor | None, x_scale: torch.Tensor | None, hidden_scale: torch.Tensor | None,
+    scratch: torch.Tensor, out: torch.Tensor, up_first: bool, format: int, pdl: bool,
+) -> None:  # fmt: skip
+    """The same values in PyTorch; leaves `scratch` alone."""
+    scheme = ExpertFormat(format)
+    ids = _experts_here(topk_ids, w13.shape[0], expert_map)
+    routed = [(expert, (ids == expert).nonzero(as_tuple=True)) for expert in ids[ids >= 0].unique().tolist()]
+    values = _quantised(x, scheme, x_scale)
+    hidden = x.new_zeros(*ids.shape, w2.shape[2])
+    for expert, (tokens, slots) in routed:
+        gate, up = (values[tokens] @ _weight(w13, w13_scale, expert, scheme).t()).bfloat16().float().chunk(2, dim=-1)
+        if up_first:
+            gate, up = up, gate
+        hidden[tokens, slots] = (torch.nn.functional.silu(gate) * up).bfloat16()
+    values = _quantised(hidden.flatten(0, 1), scheme, hidden_scale).view(hidden.shape)
+    total = torch.zeros(x.shape)
+    for expert, (tokens, slots) in routed:
+        product = values[tokens, slots] @ _weight(w2, w2_scale, expert, scheme).t()
+        weight = 1.0 if topk_weights is None else topk_weights[tokens, slots].unsqueeze(-1)
+        total.index_add_(0, tokens, product * weight)
+    out.copy_(total)
+
+
+def _experts_here(topk_ids: torch.Tensor, num_experts: int, expert_map: torch.Tensor | None) -> torch.Tensor:
+    """Indices of experts, -1 for ids that have none here."""
+    known = topk_ids < (num_experts if expert_map is None else expert_map.shape[0])
+    ids = topk_ids.where(known, -1).long()
+    return ids if expert_map is None else ids.where(ids < 0, expert_map[ids.clamp(min=0)].long())
+
+
+def _quantised(x: torch.Tensor, format: ExpertFormat, scale: torch.Tensor | None) -> torch.Tensor:
+    """The values that rows of bf16 stand for after quantisation, in fp32."""
+    if format == ExpertFormat.BF16:
+        return x.float()
+    if format.has_blocks:
+        q, group_scale = per_token_group_quant(x, 128, ue8m0=format == ExpertFormat.FP8_BLOCK_POW2)
+        return q.float() * group_scale.repeat_interleave(128, -1)
+    if format == ExpertFormat.FP8_TOKEN:
+        q, token_scale, _ = per_token_quant(x)
+        return q.float() * token_scale
+    if format == ExpertFormat.INT8_TOKEN:
+        largest = x.float().abs().amax(-1, keepdim=True).clamp(min=1e-10)
+        scaled = x.float() * (torch.tensor(127.0) / largest)
+        return torch.trunc(scaled + torch.copysign(torch.tensor(0.5), scaled)).nan_to_num(nan=0.0) * (largest / 127)
+    if scale is None:
+        numbers = x.float().abs().nan_to_num(nan=0.0, posinf=torch.inf)
+        scale = (numbers.max() if x.numel() else numbers.sum()) / QUANT_MAX[torch.float8_e4m3fn]
+    return per_tensor_quant(x, scale).float() * scale
+
+
+def _weight(w: torch.Tensor, scale: torch.Tensor | None, expert: int, format: ExpertFormat) -> torch.Tensor:
+    """One expert's weights in fp32, times their scales."""
+    if scale is None:
+        return w[expert].float()
+    own = scale[expert]
+    if format.has_blocks:
+        own = own.repeat_interleave(128, 0).repeat_interleave(128, 1)
+    elif own.dim() == 1:
+        own = own.unsqueeze(-1)
+    return w[expert].float() * own
+
+
+_library.status()
