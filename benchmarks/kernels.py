@@ -4,7 +4,7 @@ import argparse
 import json
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from types import ModuleType
 from typing import Any
@@ -80,12 +80,10 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     families.device = torch.device(arguments.device)
 
-    chosen = [FAMILIES[op] for op in arguments.ops or FAMILIES]
-    every = [(family, case) for family in chosen for case in family.cases()]
-    work = [(family, case) for family, case in every if arguments.only in str(case)][: arguments.limit]
+    work = list(chosen_cases(arguments.ops, arguments.only, arguments.tokens))[: arguments.limit]
     if not work:
-        names = "\n".join(f"  {family.OP} {case}" for family, case in every)
-        parser.error(f"no case contains {arguments.only!r}; known:\n{names}")
+        names = "\n".join(f"  {family.OP} {case}" for family, case in chosen_cases(arguments.ops))
+        parser.error(f"no case contains {' or '.join(map(repr, arguments.only))}; known:\n{names}")
     try:
         old = read_record(arguments.compare)[1] if arguments.compare else []
     except (OSError, ValueError) as error:
@@ -112,6 +110,16 @@ def main(argv: list[str] | None = None) -> int:
         print(explain_slower(regressions))
     wrong = [row for row in rows if not row.get("correct", True)]
     return 1 if regressions or wrong else 0
+
+
+def chosen_cases(
+    ops: Sequence[str], only: Sequence[str] = ("",), num_tokens: Sequence[int] | None = None
+) -> Iterator[tuple[ModuleType, Any]]:
+    """The cases of these families, or of all, whose name contains one of `only` and that have so many tokens."""
+    for op in ops or FAMILIES:
+        for case in FAMILIES[op].cases():
+            if any(text in str(case) for text in only) and (not num_tokens or case.num_tokens in num_tokens):
+                yield FAMILIES[op], case
 
 
 def measure(work: list[tuple[ModuleType, Any]], ceiling_gbs: float, peers: set[str] | None) -> Iterator[dict[str, Any]]:
@@ -157,7 +165,8 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.ArgumentParser, ar
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels", description=__doc__)
     parser.add_argument("ops", nargs="*", metavar="op", help=f"of {', '.join(FAMILIES)}; all when left out")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: the references, for tests")
-    parser.add_argument("--only", default="", metavar="TEXT", help="the cases whose name contains TEXT")
+    parser.add_argument("--only", nargs="+", default=[""], metavar="TEXT", help="the cases whose name contains a TEXT")
+    parser.add_argument("--tokens", nargs="+", type=int, metavar="N", help="the cases with so many tokens")
     parser.add_argument("--limit", type=int, help="at most this many cases")
     parser.add_argument("--peers", nargs="+", metavar="IMPL", help="beside ours, only these implementations")
     parser.add_argument("--out", metavar="FILE", help="write JSON lines: the environment, then one row a line")

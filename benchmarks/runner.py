@@ -12,6 +12,7 @@ from benchmarks.families import Missing, Run
 from benchmarks.timing import HOT_SETS, Recording, num_sets, record_calls, time_recordings
 
 CHAINED_MAX_TOKENS = 64  # decode batches
+COPY = "copy"  # of as many bytes; no implementation has this name
 
 
 def run_case(
@@ -47,7 +48,9 @@ def run_case(
                 raise
             runs.pop(name, None)
             row["missing"] = f"raises {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-    timings = time_recordings(recordings)
+    copy = {COPY: _copy(base["bytes"], sets)} if recordings and _moves_bytes_only(base) else {}
+    timings = time_recordings(recordings | copy)
+    us_copy = timings.pop(COPY).us if copy else None
     chained = _chained(base, runs, recordings) if (base["m"] or 0) <= CHAINED_MAX_TOKENS else {}
     for row in rows:
         if timing := timings.get(row["impl"]):
@@ -56,11 +59,24 @@ def run_case(
                 row["us_chained"] = round(chained[row["impl"]], 3)
             peers = {name: t.us for name, t in timings.items() if _is_peer(name, row["impl"])}
             row |= _ratios(base, timing.us, peers, ceiling_gbs)
+            if us_copy is not None:
+                row["us_copy"] = round(us_copy, 3)
         yield row
     del recordings, runs
     gc.collect()
     if families.device.type == "cuda":
         torch.cuda.empty_cache()
+
+
+def _moves_bytes_only(base: dict[str, Any]) -> bool:
+    return families.device.type == "cuda" and not base.get("flops")
+
+
+def _copy(num_bytes: int, sets: int) -> Recording:
+    """An elementwise kernel that reads half as many bytes and writes as many: what this size allows a plain kernel."""
+    elements = max(1, num_bytes // 8)
+    pairs = [[torch.ones(elements, device=families.device) for _ in range(2)] for _ in range(sets)]
+    return record_calls([lambda x=x, y=y: torch.neg(x, out=y) for x, y in pairs])
 
 
 def _is_peer(name: str, of: str) -> bool:

@@ -20,7 +20,7 @@ from vllm_b200_plugin.ops.norm_quant import rms_norm_group_quant, rms_norm_tenso
 from vllm_b200_plugin.ops.quant import ScaleLayout, empty_scale, per_token_group_quant
 from vllm_b200_plugin.ops.router import router, router_gate, split_router
 from vllm_b200_plugin.ops.small_m_gemm import Config
-from vllm_b200_plugin.ops.token_quant import per_tensor_quant, per_token_quant
+from vllm_b200_plugin.ops.token_quant import per_tensor_quant, per_token_quant, static_group_quant
 from vllm_b200_plugin.ops.topk import Scoring, Selection, select_experts
 
 NUM_TOKENS, HIDDEN, INTERMEDIATE, EXPERTS, TOPK = 6, 512, 256, 32, 4
@@ -111,6 +111,7 @@ def _int8(m: Model, h: torch.Tensor, pdl: bool, seen: list[torch.Tensor]) -> tor
 
 def _tensor_quant(m: Model, h: torch.Tensor, pdl: bool, seen: list[torch.Tensor]) -> torch.Tensor:
     seen.append(per_tensor_quant(h, m.scale, INT8, azp=m.azp, pdl=pdl))
+    seen.append(static_group_quant(h, m.norm.float(), pdl=pdl))
     return _scaled(m, per_tensor_quant(h, m.scale, pdl=pdl), m.scale, pdl)
 
 

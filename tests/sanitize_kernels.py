@@ -1,7 +1,7 @@
-"""Runs every kernel of ours at small sizes, for compute-sanitizer: python tests/sanitize_kernels.py [every].
+"""Runs every kernel of ours at small sizes, for compute-sanitizer: python tests/sanitize_kernels.py [parts part].
 
-Compares nothing, which would run kernels that are not ours; inputs come from the CPU. Of the long lists of cases every
-`every`-th is run. Prints the number of calls of each family. See sanitize.sh.
+Compares nothing, which would run kernels that are not ours; inputs come from the CPU. The lists of cases are dealt out
+to `parts` parts, of which one is run. Prints the number of calls of each family. See sanitize.sh.
 """
 
 import sys
@@ -171,10 +171,10 @@ FAMILIES = {
 
 
 def main() -> None:
-    every = int(sys.argv[1]) if len(sys.argv) > 1 else 1
+    parts, part = map(int, sys.argv[1:3] if len(sys.argv) > 1 else (1, 0))
     start = time.monotonic()
     for name, family in FAMILIES.items():
-        calls = list(family())[::every]
+        calls = list(family())[part::parts]
         for call in calls:
             call()
         torch.cuda.synchronize()

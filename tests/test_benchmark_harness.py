@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import families, kernels
+from benchmarks import counters, families, kernels
 from benchmarks.compare import read_record, slower
 from benchmarks.families import Run, group_quant
 from benchmarks.report import render
 
 KEYS = {"op", "case", "m", "n", "k", "dtype", "layout", "impl"}
 TIMED_KEYS = {"us", "us_spread", "gbs", "share_of_ceiling", "best_peer", "ratio_to_best_peer", "correct"}
+KINDS = ("token", "tensor")
 ARGUMENTS = ["group_quant", "--device", "cpu", "--only", "1x7168-g128", "--limit", "1"]
 
 
@@ -134,3 +135,23 @@ def test_a_record_of_something_else_is_refused(tmp_path: Path) -> None:
     path.write_text('{"a": 1}\n')
     with pytest.raises(ValueError, match=r'takes \{"env": ...\} on the first line, got keys'):
         read_record(path)
+
+
+def test_cases_are_chosen_by_name_and_tokens() -> None:
+    names = [str(case) for _, case in kernels.chosen_cases(["silu_quant"], ["x768-row", "x2048-per"], [1, 8192])]
+    assert names == ["1x768-row", "8192x768-row", *(f"{m}x2048-per_{kind}" for m in (1, 8192) for kind in KINDS)]
+
+
+NCU_OUTPUT = """==PROF== Connected to process 7
+"ID","Kernel Name","Metric Name","Metric Unit","Metric Value"
+"0","void ns::<unnamed>::quant_kernel<float>(ns::Params)","dram__bytes_read.sum","byte","33,554,432"
+"0","void ns::<unnamed>::quant_kernel<float>(ns::Params)","gpu__time_duration.sum","ns","12000"
+"1","norm_kernel(Params)","gpu__time_duration.sum","ns","900.5"
+"""
+
+
+def test_counters_of_each_launch() -> None:
+    assert list(counters.parse(NCU_OUTPUT)) == [
+        {"kernel": "quant_kernel", "dram_bytes_read": 33554432.0, "ncu_ns": 12000.0},
+        {"kernel": "norm_kernel", "ncu_ns": 900.5},
+    ]

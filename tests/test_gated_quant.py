@@ -119,6 +119,19 @@ def test_a_row_is_the_same_in_any_batch(kind: str) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(7, 3, 640), (5, 300, 2048), (3000, 1, 128)])
+def test_batches_are_quantised_as_their_rows(shape: tuple[int, int, int]) -> None:
+    """Of every batch its first rows: the strides between batches are not those of the rows."""
+    *rows, size = shape
+    x = torch.randn(rows[0], rows[1] + 2, 2 * size, device="cuda").bfloat16()[:, : rows[1]]
+    q = torch.empty(*shape, dtype=E4M3, device="cuda")
+    scale = torch.empty(*rows, size // 128, device="cuda")
+    torch.ops.vllm_b200.gated_group_quant(x, q, scale, 128, 1e-10, False, False, 0, 0.0, 1.0, 0.0, False)
+    expected, expected_scale = gated_group_quant(x.flatten(0, 1))
+    assert torch.equal(bits(q.flatten(0, 1)), bits(expected)) and torch.equal(scale.flatten(0, 1), expected_scale)
+
+
+@pytest.mark.gpu
 def test_pdl_changes_nothing() -> None:
     x = SiluQuantCase(64, 2048).make_input("cuda")
     for _ in range(50):
@@ -175,6 +188,37 @@ def test_masked_writes_valid_rows_alone(device: str, case: MaskedSiluQuantCase) 
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("num_experts, num_tokens", [(32, 600), (256, 3000)])
+def test_masked_rows_are_those_of_the_plain_op(num_experts: int, num_tokens: int) -> None:
+    """Whatever the counts: a row's result depends on nothing but the row."""
+    case = MaskedSiluQuantCase(num_experts, 64, 768, num_tokens, counts="skewed")
+    counts = case.make_counts().cuda()
+    x = torch.randn(num_experts, 64, 1536, device="cuda").bfloat16()
+    q = torch.empty(num_experts, 64, 768, dtype=E4M3, device="cuda")
+    scale = empty_scale(q, 128, ScaleLayout.COLUMN)
+    masked_silu_group_quant(x, counts, q, scale)
+    valid = torch.arange(64, device="cuda") < counts.unsqueeze(-1)
+    plain, plain_scale = gated_group_quant(x[valid])
+    assert torch.equal(bits(q[valid]), bits(plain)) and torch.equal(scale[valid], plain_scale)
+
+
+@pytest.mark.gpu
+def test_masked_past_2_to_the_31_elements() -> None:
+    num_experts, max_tokens, size = 32, 20_000, 4096
+    assert num_experts * max_tokens * size > 2**31
+    x = torch.empty(num_experts, max_tokens, 2 * size, dtype=torch.bfloat16, device="cuda")
+    q = torch.empty(num_experts, max_tokens, size, dtype=E4M3, device="cuda")
+    scale = empty_scale(q, 128, ScaleLayout.COLUMN)
+    counts = torch.zeros(num_experts, dtype=torch.int32)
+    counts[0], counts[-1] = 3, max_tokens
+    x[0, :3].normal_(), x[-1].normal_()
+    masked_silu_group_quant(x, counts.cuda(), q, scale)
+    for expert, rows in ((0, slice(0, 3)), (-1, slice(0, 3)), (-1, slice(max_tokens - 3, max_tokens))):
+        alone, alone_scale = gated_group_quant(x[expert, rows])
+        assert torch.equal(bits(q[expert, rows]), bits(alone)) and torch.equal(scale[expert, rows], alone_scale)
+
+
+@pytest.mark.gpu
 def test_masked_counts_out_of_range_are_clamped() -> None:
     x = torch.randn(3, 4, 256, device="cuda").bfloat16()
     q = torch.zeros(3, 4, 128, dtype=torch.uint8, device="cuda").view(E4M3)
@@ -184,13 +228,15 @@ def test_masked_counts_out_of_range_are_clamped() -> None:
 
 
 @pytest.mark.gpu
-def test_cuda_past_2_to_the_31_elements() -> None:
-    num_tokens, size = 160_001, 7168
+@pytest.mark.parametrize("kind", ["group", "token", "tensor"])
+def test_cuda_past_2_to_the_31_elements(kind: str) -> None:
+    num_tokens, size = 300_001, 7168
     x = torch.empty(num_tokens, 2 * size, dtype=torch.bfloat16, device="cuda").normal_()
-    q, scale = gated_group_quant(x, layout=ScaleLayout.COLUMN_TMA)
+    case = SiluQuantCase(num_tokens, size, ScaleLayout.COLUMN_TMA, kind)
+    whole = quantise(x, case)
     for rows in (slice(0, 5), slice(num_tokens - 5, num_tokens)):
-        alone = gated_group_quant(x[rows])
-        assert torch.equal(q[rows].view(torch.uint8), alone[0].view(torch.uint8)) and torch.equal(scale[rows], alone[1])
+        for batched, alone in zip(whole, quantise(x[rows], case), strict=True):
+            assert torch.equal(bits(batched[rows]), bits(alone))
 
 
 @pytest.mark.parametrize(

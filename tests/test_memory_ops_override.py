@@ -13,7 +13,7 @@ from vllm_b200_plugin.integration import cache_ops, gated_quant_ops, norm_quant_
 from vllm_b200_plugin.ops import _library
 from vllm_b200_plugin.ops.gated_quant import gated_group_quant, gated_tensor_quant
 from vllm_b200_plugin.ops.norm_quant import rms_norm_group_quant, rms_norm_tensor_quant, rms_norm_token_quant
-from vllm_b200_plugin.ops.token_quant import per_tensor_quant, per_token_quant
+from vllm_b200_plugin.ops.token_quant import per_tensor_quant, per_token_quant, static_group_quant
 
 pytestmark = pytest.mark.skipif(not _library.status().loaded, reason="the CUDA library, which overrides, was not built")
 
@@ -103,6 +103,24 @@ def test_per_tensor(ops):
     ops.static_scaled_int8_quant(q, x, scale, azp)
     assert torch.equal(q, per_tensor_quant(x, scale, torch.int8, azp=azp))
     assert not ops.calls
+
+
+def test_given_groups(ops):
+    x, q = torch.randn(4, 256).half(), torch.empty(4, 256, dtype=E4M3)
+    channels, tokens, groups = torch.rand(256) + 0.1, torch.rand(4) + 0.1, torch.rand(2, 4).t() + 0.1
+    for scale, shape, expected in (
+        (channels, [-1, 1], (channels, (-1, 1))),
+        (channels[None], None, (channels, (-1, 1))),
+        (tokens, [1, -1], (tokens, (1, -1))),
+        (groups, None, (groups, (1, 128))),
+        (groups, [1, 128], (groups, (1, 128))),
+    ):
+        ops.static_scaled_fp8_quant(q, x, scale, shape)
+        assert same(q, static_group_quant(x, *expected))
+    assert not ops.calls
+    for scale, shape in ((channels, None), (channels, [1, -1]), (groups, [2, 128]), (torch.ones(3, 256), None)):
+        ops.static_scaled_fp8_quant(q, x, scale, shape)
+    assert len(ops.calls) == 4, "what vLLM's kernel objects to, it hears"
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -219,7 +237,7 @@ def test_what_ours_do_not_take_goes_to_the_originals(ops):
     ops.dynamic_scaled_int8_quant(
         torch.empty(4, 256, dtype=torch.int8), x, torch.empty(4, 1, dtype=torch.float64), None
     )
-    ops.static_scaled_fp8_quant(q, x, torch.ones(256), [-1, 1])
+    ops.static_scaled_fp8_quant(q, x, torch.ones(32), [-1, 8])
     ops.static_scaled_int8_quant(torch.empty(4, 256, dtype=torch.int8), x.double(), one, None)
     ops.silu_and_mul_per_block_quant(half, x, torch.empty(4, 1), 128, ub, False)
     ops.silu_and_mul_per_block_quant(half, x, torch.empty(4, 4), 32, None, False)
@@ -248,7 +266,7 @@ def test_what_ours_do_not_take_goes_to_the_originals(ops):
         "reshape_and_cache_flash",
         "concat_and_cache_mla",
     ]
-    assert ops.calls[3][1][3] == [-1, 1] and ops.calls[12][1][5] == "fp8_e5m2"
+    assert ops.calls[3][1][3] == [-1, 8] and ops.calls[12][1][5] == "fp8_e5m2"
 
 
 def test_twice_is_once(ops):

@@ -85,17 +85,18 @@ def test_cuda_is_the_reference(case: RmsNormQuantCase, pdl: bool) -> None:
 
 
 @pytest.mark.gpu
-def test_a_row_is_the_same_in_any_batch() -> None:
-    case = RmsNormQuantCase(500, 7168)
+@pytest.mark.parametrize("kind", ["group", "token", "tensor", "nvfp4"])
+def test_a_row_is_the_same_in_any_batch(kind: str) -> None:
+    case = RmsNormQuantCase(500, 7168, kind=kind)
     x, residual, weight = case.make_inputs("cuda")
     kept = residual.clone()
-    q, scale = quantise(x, residual, weight, case)
+    whole = quantise(x, residual, weight, case)
     for row in (0, 131, 132, 499):
         rows = slice(row, row + 1)
         again = kept[rows].clone()
-        alone = quantise(x[rows], again, weight, case)
-        assert torch.equal(alone[0].view(torch.uint8), q[rows].view(torch.uint8))
-        assert torch.equal(alone[1], scale[rows]) and torch.equal(again, residual[rows])
+        for alone, batched in zip(quantise(x[rows], again, weight, case), whole, strict=True):
+            assert torch.equal(bits(alone), bits(batched[rows]))
+        assert torch.equal(again, residual[rows])
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

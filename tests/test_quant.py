@@ -230,6 +230,17 @@ def test_cuda_scale_is_exact_for_all_fp32_mantissas(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("layout", [ScaleLayout.ROW, ScaleLayout.PACKED_UE8M0])
+def test_a_row_is_the_same_in_any_batch(layout: ScaleLayout) -> None:
+    x = torch.randn(500, 7168, device="cuda").bfloat16()
+    q, scale = per_token_group_quant(x, layout=layout)
+    for row in (0, 3, 255, 499):
+        alone, alone_scale = per_token_group_quant(x[row : row + 1], layout=layout)
+        assert torch.equal(q[row : row + 1].view(torch.uint8), alone.view(torch.uint8))
+        assert torch.equal(scale[row : row + 1], alone_scale)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("layout", [ScaleLayout.ROW, ScaleLayout.COLUMN_TMA, ScaleLayout.PACKED_UE8M0])
 def test_cuda_past_2_to_the_31_elements(layout: ScaleLayout) -> None:
     num_tokens, hidden_size = 300_001, 7168

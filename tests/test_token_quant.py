@@ -7,7 +7,7 @@ from test_quant import to_e4m3_by_definition
 
 from benchmarks.cases.token_quant import TokenQuantCase
 from benchmarks.cases.token_quant import tests as token_cases
-from vllm_b200_plugin.ops.token_quant import per_tensor_quant, per_token_quant
+from vllm_b200_plugin.ops.token_quant import per_tensor_quant, per_token_quant, static_group_quant
 
 CASES = list(token_cases())
 E4M3 = torch.float8_e4m3fn
@@ -15,7 +15,13 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 NAN, INF = float("nan"), float("inf")
 
 
+def group_scales(case: TokenQuantCase) -> torch.Tensor:
+    return torch.rand(case.num_scales, generator=torch.Generator().manual_seed(1)) + 0.2
+
+
 def quantise(x: torch.Tensor, case: TokenQuantCase) -> tuple[torch.Tensor, ...]:
+    if case.group_shape:
+        return (static_group_quant(x, group_scales(case).to(x.device), case.group_shape),)
     if not case.static:
         return tuple(t for t in per_token_quant(x, case.dtype, asymmetric=case.asymmetric) if t is not None)
     scale = torch.tensor([0.37], device=x.device)
@@ -32,17 +38,21 @@ def test_reference_is_the_definition(case: TokenQuantCase) -> None:
     x = case.make_input("cpu")
     q, *rest = quantise(x, case)
     values = x.double()
-    scale = torch.tensor([[0.37]]).double() if case.static else rest[0].double()
+    scale = (
+        torch.tensor([[0.37]]).double() if case.static else rest[0].double() if rest else group_scales(case).double()
+    )
+    for dim, size in enumerate(x.shape):
+        scale = scale.repeat_interleave(size // scale.shape[dim], dim)
     azp = None if not case.asymmetric else torch.tensor([[-7]]) if case.static else rest[1]
-    if not case.static:
+    if rest:
         span = values.amax(-1, keepdim=True) - values.amin(-1, keepdim=True)
         amax = values.abs().amax(-1, keepdim=True)
         expected = span / 255 if case.asymmetric else amax / (127 if case.dtype == torch.int8 else 448)
-        torch.testing.assert_close(scale, expected, rtol=3e-7, atol=0)
+        torch.testing.assert_close(rest[0].double(), expected, rtol=3e-7, atol=0)
     if case.dtype == E4M3:
         # Rounded once or twice to fp32 before: at a tie of e4m3 that may fall to the other side.
         wrong = (q.view(torch.uint8) != to_e4m3_by_definition((values / scale).float().double())).double().mean()
-        assert wrong < (1e-3 if case.static else 1e-30)
+        assert wrong < (1e-30 if rest else 1e-3)
         return
     exact = values / scale + (0 if azp is None else azp)
     assert ((q.double() - exact.clamp(-128, 127)).abs() <= 0.5 + 1e-4).all()
@@ -110,11 +120,33 @@ def test_cuda_past_2_to_the_31_elements() -> None:
     x = torch.empty(num_tokens, hidden_size, dtype=torch.bfloat16, device="cuda").normal_()
     q, scale, _ = per_token_quant(x)
     fixed = per_tensor_quant(x, torch.full((1,), 0.01, device="cuda"))
+    channels = torch.rand(1, hidden_size, device="cuda") + 0.01
+    by_channel = static_group_quant(x, channels)
     first = 2**31 // hidden_size - 2
     for rows in (slice(0, 9), slice(first, first + 9), slice(num_tokens - 9, num_tokens)):
         part = x[rows].cpu()
         assert same(q[rows], per_token_quant(part)[0]) and torch.equal(scale[rows].cpu(), per_token_quant(part)[1])
         assert same(fixed[rows], per_tensor_quant(part, torch.full((1,), 0.01)))
+        assert same(by_channel[rows], static_group_quant(part, channels.cpu()))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_given_scales_may_have_one_dimension_and_any_stride(device: str) -> None:
+    x = torch.randn(6, 2, 64, device=device).bfloat16()
+    wide = torch.rand(12, 3, 64, device=device) + 0.1
+    assert same(static_group_quant(x, wide[0, 0]), static_group_quant(x, wide[0, :1]))
+    assert same(
+        static_group_quant(x, wide[:, 0, 0], (1, -1)), static_group_quant(x, wide[:, :1, 0].contiguous(), (1, -1))
+    )
+    transposed = wide[0, :2, :4].t()
+    assert same(static_group_quant(x, transposed, (3, 32)), static_group_quant(x, transposed.contiguous(), (3, 32)))
+    assert static_group_quant(x[:0], wide[0, 0]).shape == (0, 2, 64)
+    with pytest.raises(ValueError, match=r"scale: takes torch.float32 \(4, 4\), got torch.float32 \(4, 3\)"):
+        static_group_quant(x, wide[:4, :, 0], (3, 16))
+    with pytest.raises(ValueError, match="group_shape: takes rows that divide 12 and columns that divide 64"):
+        static_group_quant(x, wide[0, 0], (5, 1))
+    nan = static_group_quant(x, torch.full((64,), NAN, device=device))
+    assert (nan.view(torch.uint8) == 0x7F).all()
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Cases of quantisation with one scale per token or per tensor."""
+"""Cases of quantisation with one scale per token or per tensor, or with given ones in groups."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,12 +18,15 @@ class TokenQuantCase:
     static: bool = False  # one given scale for the tensor, instead of one per token that the op finds
     asymmetric: bool = False
     input_dtype: torch.dtype = torch.bfloat16
+    group_shape: tuple[int, int] | None = None  # given scales for so many rows and columns, -1 for all
     columns_right: int = 0  # x is a slice of a tensor that has this many columns behind it
 
     def __str__(self) -> str:
         slice_ = f"+{self.columns_right}" if self.columns_right else ""
         input_ = "" if self.input_dtype == torch.bfloat16 else f"-{str(self.input_dtype).removeprefix('torch.')}"
         kind = ("static" if self.static else "dynamic") + ("-azp" if self.asymmetric else "")
+        if self.group_shape:
+            kind = "static-" + "x".join("all" if size == -1 else str(size) for size in self.group_shape)
         return f"{self.num_tokens}x{self.hidden_size}{slice_}{input_}-{self.dtype_name}-{kind}"
 
     @property
@@ -33,7 +36,16 @@ class TokenQuantCase:
     @property
     def num_bytes(self) -> int:
         """bf16 in, one byte an element out, and the scales, read or written."""
-        return 3 * self.num_tokens * self.hidden_size + 4 * (1 if self.static else self.num_tokens)
+        scales = self.num_scales[0] * self.num_scales[1]
+        return 3 * self.num_tokens * self.hidden_size + 4 * scales
+
+    @property
+    def num_scales(self) -> tuple[int, int]:
+        """Of rows and of columns."""
+        if self.group_shape:
+            rows, columns = self.group_shape
+            return (1 if rows == -1 else self.num_tokens // rows, 1 if columns == -1 else self.hidden_size // columns)
+        return (1 if self.static else self.num_tokens, 1)
 
     def make_input(self, device: torch.device | str, seed: int = 0) -> torch.Tensor:
         """Normal values, each row at a scale of its own between 2^-8 and 2^8."""
@@ -57,6 +69,11 @@ def tests() -> Iterator[TokenQuantCase]:
     for num_tokens, static in product((3, 150), (False, True)):
         yield TokenQuantCase(num_tokens, 512, static=static, columns_right=64)
         yield TokenQuantCase(num_tokens, 4096, torch.int8, static, columns_right=8)
+    for group_shape, input_dtype in product([(-1, 1), (1, -1), (1, 128), (5, 64), (5, 1)], inputs):
+        yield TokenQuantCase(5, 640, group_shape=group_shape, input_dtype=input_dtype)
+        yield TokenQuantCase(1280, 384, group_shape=group_shape, input_dtype=input_dtype)
+    for shape, group_shape in product([(1, 16), (128, 7168), (131 * 128, 256)], [(-1, 1), (1, -1), (-1, 16)]):
+        yield TokenQuantCase(*shape, group_shape=group_shape, columns_right=16)
 
 
 def benchmarks() -> Iterator[TokenQuantCase]:
@@ -69,3 +86,5 @@ def benchmarks() -> Iterator[TokenQuantCase]:
         yield TokenQuantCase(num_tokens, hidden_size, torch.int8, static=True)
     for hidden_size, static in product(HIDDEN_SIZES, (False, True)):
         yield TokenQuantCase(8192, hidden_size, static=static)
+    for shape, group_shape in product(product((1, 16, 1024, 8192), HIDDEN_SIZES), [(-1, 1), (1, 128)]):
+        yield TokenQuantCase(*shape, group_shape=group_shape)

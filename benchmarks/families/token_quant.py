@@ -33,10 +33,16 @@ def record(case: TokenQuantCase) -> dict[str, Any]:
         "n": None,
         "k": case.hidden_size,
         "dtype": case.dtype_name,
-        "layout": ("per_tensor" if case.static else "per_token") + ("_azp" if case.asymmetric else ""),
+        "layout": _layout(case),
         "bytes": case.num_bytes,
         "flops": 0,
     }
+
+
+def _layout(case: TokenQuantCase) -> str:
+    if case.group_shape:
+        return "per_channel" if case.group_shape == (-1, 1) else "static_groups"
+    return ("per_tensor" if case.static else "per_token") + ("_azp" if case.asymmetric else "")
 
 
 def _input(case: TokenQuantCase, seed: int) -> torch.Tensor:
@@ -46,6 +52,14 @@ def _input(case: TokenQuantCase, seed: int) -> torch.Tensor:
 def _tensors(case: TokenQuantCase, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     x = _input(case, seed)
     q = torch.empty(x.shape, dtype=case.dtype, device=x.device)
+    if case.group_shape:
+        return (
+            x,
+            q,
+            torch.empty(case.num_scales, device=x.device).uniform_(
+                STATIC_SCALE, 2 * STATIC_SCALE, generator=generator(seed)
+            ),
+        )
     if case.static:
         return x, q, torch.full((1,), STATIC_SCALE, device=x.device)
     return x, q, torch.empty(case.num_tokens, 1, device=x.device)
@@ -61,6 +75,10 @@ def _run(call: Callable[[], object], *outputs: torch.Tensor | None) -> Run:
 
 def ours(case: TokenQuantCase, seed: int, pdl: bool = True) -> Run:
     x, q, scale = _tensors(case, seed)
+    if case.group_shape:
+        group = (case.num_tokens // case.num_scales[0], case.hidden_size // case.num_scales[1])
+        grouped = torch.ops.vllm_b200.static_group_quant
+        return Run(lambda: grouped(x, q, scale, *group, pdl), (q,))
     if case.static:
         static = torch.ops.vllm_b200.per_tensor_quant
         return Run(lambda: static(x, q, scale, None, pdl), (q,))
@@ -73,10 +91,11 @@ def ours_no_pdl(case: TokenQuantCase, seed: int) -> Run:
 
 
 def vllm(case: TokenQuantCase, seed: int) -> Run:
-    if case.static:
+    if case.static or case.group_shape:
         static = vllm_op("static_scaled_int8_quant" if case.dtype == torch.int8 else "static_scaled_fp8_quant")
         x, q, scale = _tensors(case, seed)
-        return Run(lambda: static(q, x, scale, None), (q,))
+        group_shape = list(case.group_shape) if case.group_shape else None
+        return Run(lambda: static(q, x, scale, group_shape), (q,))
     dynamic = vllm_op("dynamic_scaled_int8_quant" if case.dtype == torch.int8 else "dynamic_per_token_scaled_fp8_quant")
     x, q, scale = _tensors(case, seed)
     azp = _azp(case)
@@ -84,8 +103,8 @@ def vllm(case: TokenQuantCase, seed: int) -> Run:
 
 
 def inductor(case: TokenQuantCase, seed: int) -> Run:
-    if case.asymmetric or (case.static and case.dtype == torch.int8):
-        raise Missing("the compiled twin has no zero point, and no static int8")
+    if case.asymmetric or case.group_shape or (case.static and case.dtype == torch.int8):
+        raise Missing("the compiled twin has no zero point, no given groups and no static int8")
     x, q, scale = _tensors(case, seed)
     if case.static:
         static = compiled(_static_fp8)
@@ -119,6 +138,11 @@ IMPLEMENTATIONS: dict[str, Callable[[TokenQuantCase, int], Run]] = {
 def check(case: TokenQuantCase, seed: int, outputs: tuple[torch.Tensor, ...]) -> tuple[bool, dict[str, Any]]:
     """Right when q * scale is x within the format's error, and every scale fits its row's largest value."""
     x = _input(case, seed).double()
+    if case.group_shape:
+        scale = _tensors(case, seed)[2].double()
+        for dim, size in enumerate(x.shape):
+            scale = scale.repeat_interleave(size // scale.shape[dim], dim)
+        return verdict(error_of(outputs[0].double() * scale, x), FP8_LIMIT)
     if case.static:
         return verdict(error_of(outputs[0].double() * STATIC_SCALE, x), FP8_LIMIT)
     if case.asymmetric:

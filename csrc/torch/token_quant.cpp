@@ -71,10 +71,45 @@ void per_tensor_quant(const Tensor& x, Tensor q, const Tensor& scale, const std:
                "per_tensor_quant");
 }
 
+void static_group_quant(const Tensor& x, Tensor q, const Tensor& scale, int64_t group_rows, int64_t group_columns,
+                        bool pdl) {
+  const TokenQuantParams rows = row_params(x, q);
+  STD_TORCH_CHECK(output_type(q) == OutputType::kE4M3, "q: takes float8_e4m3fn");
+  STD_TORCH_CHECK(group_rows > 0 && rows.rows % group_rows == 0, "group_rows: takes a divisor of ", rows.rows, ", got ",
+                  group_rows);
+  STD_TORCH_CHECK((group_columns == 1 || (group_columns > 0 && group_columns % 16 == 0)) &&
+                      rows.hidden_size % group_columns == 0,
+                  "group_columns: takes 1 or a multiple of 16 that divides ", rows.hidden_size, ", got ", group_columns);
+  const int64_t row_groups = rows.rows / group_rows, column_groups = rows.hidden_size / group_columns;
+  check_type(scale, "scale", ScalarType::Float);
+  const bool along_rows = scale.dim() == 1 && column_groups == 1, along_columns = scale.dim() == 1 && row_groups == 1;
+  STD_TORCH_CHECK(scale.dim() == 2 ? scale.size(0) == row_groups && scale.size(1) == column_groups
+                                   : (along_rows || along_columns) && scale.numel() == row_groups * column_groups,
+                  "scale: takes [", row_groups, ", ", column_groups, "], or one dimension where the other one is 1");
+  STD_TORCH_CHECK(scale.get_device_index() == x.get_device_index(), "scale: takes the device of x");
+  StaticGroupQuantParams params = {};
+  params.x = rows.x;
+  params.q = rows.q;
+  params.scale = static_cast<const float*>(scale.data_ptr());
+  params.rows = rows.rows;
+  params.hidden_size = rows.hidden_size;
+  params.x_stride_row = rows.x_stride_row;
+  params.q_stride_row = rows.q_stride_row;
+  params.group_rows = group_rows;
+  params.group_columns = group_columns;
+  params.scale_stride_row = scale.dim() == 2 || along_rows ? scale.stride(0) : 0;
+  params.scale_stride_column = scale.dim() == 2 ? scale.stride(1) : along_rows ? 0 : scale.stride(0);
+  params.pdl = pdl;
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  check_launch(vllm_b200::static_group_quant(params, input_type(x), current_stream(x.get_device_index())),
+               "static_group_quant");
+}
+
 }  // namespace ops
 }  // namespace vllm_b200
 
 STABLE_TORCH_LIBRARY_IMPL(vllm_b200, CUDA, m) {
   m.impl("per_token_quant", TORCH_BOX(&vllm_b200::ops::per_token_quant));
   m.impl("per_tensor_quant", TORCH_BOX(&vllm_b200::ops::per_tensor_quant));
+  m.impl("static_group_quant", TORCH_BOX(&vllm_b200::ops::static_group_quant));
 }

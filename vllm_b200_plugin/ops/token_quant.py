@@ -1,4 +1,4 @@
-"""Quantisation with one scale per token, found or, for a whole tensor, given.
+"""Quantisation with one scale per token, found or, for a whole tensor or for groups of it, given.
 
 The arithmetic is that of vLLM's `dynamic_per_token_scaled_fp8_quant`, `dynamic_scaled_int8_quant`,
 `static_scaled_fp8_quant` and `static_scaled_int8_quant`, in fp32:
@@ -7,6 +7,7 @@ The arithmetic is that of vLLM's `dynamic_per_token_scaled_fp8_quant`, `dynamic_
                 int8             scale = max|x| / 127                                        q = x * (127 / max|x|)
                 int8 with azp    scale = (max x - min x) / 255, azp = -128 - min x / scale   q = x * (1 / scale) + azp
     per tensor  e4m3 x * (1 / scale), int8 x / scale, int8 with azp x * (1 / scale) + azp
+    in groups   e4m3 x * (1 / scale of its rows and columns)
 
 All roundings are to nearest even, and everything saturates. It differs from vLLM's kernels where these lose
 information: a NaN makes the scale of its token NaN, and in e4m3 every element with it (0 in int8); a token of one
@@ -102,6 +103,46 @@ def per_tensor_quant(
     return q
 
 
+def static_group_quant(
+    x: torch.Tensor, scale: torch.Tensor, group_shape: tuple[int, int] = (-1, 1), *, pdl: bool = False
+) -> torch.Tensor:
+    """Quantise x to e4m3 with one given scale per channel, per token or per rectangle.
+
+    Args:
+        x: as for `per_tensor_quant`, folded into rows [num_tokens, hidden_size].
+        scale: [num_tokens / rows, hidden_size / columns] float32 of any strides, or one dimension where the other is 1.
+        group_shape: rows and columns that share a scale, -1 for all: (-1, 1) per channel, (1, -1) per token. They
+            divide x; columns are 1 or a multiple of 16.
+        pdl: launch with programmatic stream serialization, see `per_token_group_quant`.
+
+    Returns:
+        q e4m3, contiguous in the shape of x.
+
+    Raises:
+        ValueError: an argument is not as above; the message names it, what came and what is taken.
+    """
+    check_rows("x", x, INPUT_DTYPES)
+    width = x.shape[-1]
+    num_tokens = x.numel() // width if width else 0
+    rows, columns = (
+        size if group == -1 else group for group, size in zip(group_shape, (num_tokens, width), strict=True)
+    )
+    q = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
+    if x.numel() == 0:
+        return q
+    if rows < 1 or columns < 1 or num_tokens % rows or width % columns or (columns > 1 and columns % 16):
+        raise ValueError(
+            f"group_shape: takes rows that divide {num_tokens} and columns that divide {width}, 1 or a multiple of 16, "
+            f"got {group_shape}"
+        )
+    groups = (num_tokens // rows, width // columns)
+    flat = tuple(size for size in groups if size > 1) or (1,)
+    if scale.dtype != torch.float32 or tuple(scale.shape) not in (groups, flat if len(flat) == 1 else groups):
+        raise ValueError(f"scale: takes torch.float32 {groups}, got {scale.dtype} {tuple(scale.shape)}")
+    torch.ops.vllm_b200.static_group_quant(x, q, scale, rows, columns, pdl)
+    return q
+
+
 def check_rows(name: str, x: torch.Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
     """Whether x is rows that our kernels read in place; raises ValueError where it is not."""
     if x.dtype not in dtypes:
@@ -136,13 +177,16 @@ torch_library.define(
     "per_token_quant(Tensor x, Tensor(a!) q, Tensor(b!) scale, Tensor(c!)? azp, Tensor? scale_ub, bool pdl=False) -> ()"
 )
 torch_library.define("per_tensor_quant(Tensor x, Tensor(a!) q, Tensor scale, Tensor? azp, bool pdl=False) -> ()")
+torch_library.define(
+    "static_group_quant(Tensor x, Tensor(a!) q, Tensor scale, int group_rows, int group_columns, bool pdl=False) -> ()"
+)
 
 
 def _fake(*args: object) -> None:
     return None
 
 
-for _name in ("per_token_quant", "per_tensor_quant"):
+for _name in ("per_token_quant", "per_tensor_quant", "static_group_quant"):
     torch.library.register_fake(f"vllm_b200::{_name}", _fake, lib=torch_library)
 
 
@@ -189,6 +233,15 @@ def _per_tensor_quant_cpu(
         q.copy_(to_int8((values / scale).round()))
     else:
         q.copy_((to_int32((values * (1 / scale)).round()) + azp).clamp(-128, 127))
+
+
+@torch.library.impl(torch_library, "static_group_quant", "CPU")
+def _static_group_quant_cpu(
+    x: torch.Tensor, q: torch.Tensor, scale: torch.Tensor, group_rows: int, group_columns: int, pdl: bool = False
+) -> None:
+    values = x.float().reshape(-1, group_rows, x.shape[-1] // group_columns, group_columns)
+    scale = scale.reshape(values.shape[0], 1, values.shape[2], 1)
+    to_e4m3((values * (1 / scale)).view(x.shape), q)
 
 
 def token_scale_e4m3(values: torch.Tensor, scale_ub: torch.Tensor | None = None) -> torch.Tensor:

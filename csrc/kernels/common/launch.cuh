@@ -2,6 +2,8 @@
 
 #include <cuda_runtime.h>
 
+#include <cstdint>
+
 namespace vllm_b200 {
 
 // With pdl, the grid may become resident while its predecessor drains, so the
@@ -25,8 +27,25 @@ cudaError_t launch_kernel(void (*kernel)(Params...), dim3 grid, dim3 block, size
   return cudaLaunchKernelEx(&config, kernel, Params(args)...);
 }
 
+// Of the current device.
+inline cudaError_t count_sms(int& sms) {
+  int device = 0;
+  const cudaError_t error = cudaGetDevice(&device);
+  return error == cudaSuccess ? cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device) : error;
+}
+
 #ifdef __CUDACC__
 __device__ __forceinline__ void pdl_wait() { cudaGridDependencySynchronize(); }
+
+// Reads a launch's parameters, of which every line of the constant cache misses once: before the wait, behind the
+// predecessor.
+template <typename Params>
+__device__ __forceinline__ void touch(const Params& params) {
+  const auto* words = reinterpret_cast<const uint32_t*>(&params);
+#pragma unroll
+  for (int i = 0; i < static_cast<int>(sizeof(Params)) / 4; i += 16) asm volatile("" ::"r"(words[i]));
+  asm volatile("" ::"r"(words[sizeof(Params) / 4 - 1]));
+}
 
 // Safe at any point of a kernel whose successors wait: it only lets them become resident.
 __device__ __forceinline__ void pdl_trigger() { cudaTriggerProgrammaticLaunchCompletion(); }

@@ -8,46 +8,71 @@
 
 namespace vllm_b200 {
 
-// Sixteen consecutive elements in registers: 32 bytes of a 16-bit type, 64 of fp32.
+// Consecutive elements in registers: sixteen are 32 bytes of a 16-bit type, 64 of fp32. Where there are few elements for
+// many threads, four make every step of the work a quarter as long.
 constexpr int kChunk = 16;
 
-template <typename T>
+template <typename T, int kSize = kChunk>
 struct Chunk {
-  static constexpr int kWords = kChunk * sizeof(T) / 4;
+  static constexpr int kWords = kSize * sizeof(T) / 4;
   uint32_t word[kWords];
 };
 
-template <typename T, bool kAligned>
-__device__ __forceinline__ void load_chunk(Chunk<T>& chunk, const T* source) {
-  if constexpr (kAligned) {
-    const uint4* vectors = reinterpret_cast<const uint4*>(source);
+// Words in vectors as wide as there are: 16 bytes each, or 8 or 4 in all.
+template <int kWords>
+__device__ __forceinline__ void load_words(uint32_t (&word)[kWords], const void* source) {
+  if constexpr (kWords % 4 == 0) {
 #pragma unroll
-    for (int i = 0; i < Chunk<T>::kWords / 4; ++i) {
-      const uint4 v = vectors[i];
-      chunk.word[4 * i] = v.x, chunk.word[4 * i + 1] = v.y, chunk.word[4 * i + 2] = v.z, chunk.word[4 * i + 3] = v.w;
+    for (int i = 0; i < kWords / 4; ++i) {
+      const uint4 v = static_cast<const uint4*>(source)[i];
+      word[4 * i] = v.x, word[4 * i + 1] = v.y, word[4 * i + 2] = v.z, word[4 * i + 3] = v.w;
     }
+  } else if constexpr (kWords == 2) {
+    const uint2 v = *static_cast<const uint2*>(source);
+    word[0] = v.x, word[1] = v.y;
+  } else {
+    static_assert(kWords == 1);
+    word[0] = *static_cast<const uint32_t*>(source);
+  }
+}
+
+template <int kWords>
+__device__ __forceinline__ void store_words(void* destination, const uint32_t (&word)[kWords]) {
+  if constexpr (kWords % 4 == 0) {
+#pragma unroll
+    for (int i = 0; i < kWords / 4; ++i) {
+      static_cast<uint4*>(destination)[i] = make_uint4(word[4 * i], word[4 * i + 1], word[4 * i + 2], word[4 * i + 3]);
+    }
+  } else if constexpr (kWords == 2) {
+    *static_cast<uint2*>(destination) = make_uint2(word[0], word[1]);
+  } else {
+    static_assert(kWords == 1);
+    *static_cast<uint32_t*>(destination) = word[0];
+  }
+}
+
+template <typename T, bool kAligned, int kSize>
+__device__ __forceinline__ void load_chunk(Chunk<T, kSize>& chunk, const T* source) {
+  if constexpr (kAligned) {
+    load_words(chunk.word, source);
   } else if constexpr (sizeof(T) == 4) {
 #pragma unroll
-    for (int i = 0; i < kChunk; ++i) chunk.word[i] = reinterpret_cast<const uint32_t*>(source)[i];
+    for (int i = 0; i < kSize; ++i) chunk.word[i] = reinterpret_cast<const uint32_t*>(source)[i];
   } else {
     const uint16_t* halves = reinterpret_cast<const uint16_t*>(source);
 #pragma unroll
-    for (int i = 0; i < kChunk / 2; ++i) chunk.word[i] = halves[2 * i] | uint32_t(halves[2 * i + 1]) << 16;
+    for (int i = 0; i < kSize / 2; ++i) chunk.word[i] = halves[2 * i] | uint32_t(halves[2 * i + 1]) << 16;
   }
 }
 
-template <typename T>
-__device__ __forceinline__ void store_chunk(T* destination, const Chunk<T>& chunk) {
-  uint4* vectors = reinterpret_cast<uint4*>(destination);
-#pragma unroll
-  for (int i = 0; i < Chunk<T>::kWords / 4; ++i) {
-    vectors[i] = make_uint4(chunk.word[4 * i], chunk.word[4 * i + 1], chunk.word[4 * i + 2], chunk.word[4 * i + 3]);
-  }
+template <typename T, int kSize>
+__device__ __forceinline__ void store_chunk(T* destination, const Chunk<T, kSize>& chunk) {
+  store_words(destination, chunk.word);
 }
 
 // Elements 2*i and 2*i+1 as fp32 (exact).
-template <typename T>
-__device__ __forceinline__ float2 unpack_pair(const Chunk<T>& chunk, int i) {
+template <typename T, int kSize>
+__device__ __forceinline__ float2 unpack_pair(const Chunk<T, kSize>& chunk, int i) {
   if constexpr (sizeof(T) == 4) {
     return {__uint_as_float(chunk.word[2 * i]), __uint_as_float(chunk.word[2 * i + 1])};
   } else if constexpr (std::is_same_v<T, __nv_bfloat16>) {
@@ -58,8 +83,8 @@ __device__ __forceinline__ float2 unpack_pair(const Chunk<T>& chunk, int i) {
 }
 
 // Rounds a and b to the nearest of T, ties to even, as elements 2*i and 2*i+1.
-template <typename T>
-__device__ __forceinline__ void pack_pair(Chunk<T>& chunk, int i, float a, float b) {
+template <typename T, int kSize>
+__device__ __forceinline__ void pack_pair(Chunk<T, kSize>& chunk, int i, float a, float b) {
   if constexpr (sizeof(T) == 4) {
     chunk.word[2 * i] = __float_as_uint(a), chunk.word[2 * i + 1] = __float_as_uint(b);
   } else if constexpr (std::is_same_v<T, __nv_bfloat16>) {
@@ -73,24 +98,25 @@ __device__ __forceinline__ void pack_pair(Chunk<T>& chunk, int i, float a, float
 
 // Bits of max|x| as fp32. Non-negative floats order like their bits, and NaN
 // above all of them, so a NaN in the chunk survives every maximum that follows.
-template <typename T>
-__device__ __forceinline__ uint32_t absmax_bits(const Chunk<T>& chunk) {
+template <typename T, int kSize>
+__device__ __forceinline__ uint32_t absmax_bits(const Chunk<T, kSize>& chunk) {
+  constexpr int kWords = Chunk<T, kSize>::kWords;
   if constexpr (sizeof(T) == 4) {
     uint32_t bits = 0;
 #pragma unroll
-    for (int i = 0; i < kChunk; ++i) bits = max(bits, chunk.word[i] & 0x7fffffffu);
+    for (int i = 0; i < kWords; ++i) bits = max(bits, chunk.word[i] & 0x7fffffffu);
     return bits;
   } else {
     using Pair = std::conditional_t<std::is_same_v<T, __nv_bfloat16>, __nv_bfloat162, __half2>;
-    Pair pair[Chunk<T>::kWords];
+    Pair pair[kWords];
 #pragma unroll
-    for (int i = 0; i < Chunk<T>::kWords; ++i) pair[i] = __habs2(reinterpret_cast<const Pair&>(chunk.word[i]));
+    for (int i = 0; i < kWords; ++i) pair[i] = __habs2(reinterpret_cast<const Pair&>(chunk.word[i]));
 #pragma unroll
-    for (int half = Chunk<T>::kWords / 2; half > 0; half /= 2) {
+    for (int half = kWords / 2; half > 0; half /= 2) {
 #pragma unroll
       for (int i = 0; i < half; ++i) pair[i] = __hmax2_nan(pair[i], pair[i + half]);
     }
-    Chunk<T> one;
+    Chunk<T, 2> one;
     one.word[0] = reinterpret_cast<const uint32_t&>(pair[0]);
     const float2 both = unpack_pair(one, 0);
     return max(__float_as_uint(both.x) & 0x7fffffffu, __float_as_uint(both.y) & 0x7fffffffu);

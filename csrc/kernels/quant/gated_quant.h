@@ -11,6 +11,7 @@ struct GatedGroupQuantParams : GroupQuantParams {
   // Masked form: rows of each batch that are valid, [batches] or null for all. What lies behind them is left alone.
   const int32_t* valid_rows;
   int64_t valid_rows_stride;
+  bool valid_rows_are_vectors;  // set by the launcher
 };
 
 // Group quantisation of a gated activation, all of it fp32; int8 is rounded to nearest here. Group size 64 or 128; x and

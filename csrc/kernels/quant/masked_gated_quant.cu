@@ -3,13 +3,14 @@
 #include "gated_group_quant.cuh"
 
 // Experts get few or many rows, and only the device knows how many. So a fixed grid: the valid rows of all batches are
-// numbered through, and the warps take (row, 512 columns) in turns, neighbours the rows that follow each other, for
-// column-major scales.
+// numbered through, and the warps take eight rows of 512 columns, the next 512 columns of these, and so on; neighbours
+// the rows that follow each other, for column-major scales. Where there is a warp or two for every 128 columns, each takes
+// so few, the neighbours on different SMs.
 
 namespace vllm_b200 {
 namespace {
 
-constexpr int kBlocksPerSm = 4;
+constexpr int kBlockWarps = 8, kBlocksPerSm = 4, kRowsTogether = 8;
 
 // The valid rows of up to 32 * kPerLane batches, kPerLane consecutive ones a lane.
 template <int kPerLane>
@@ -19,12 +20,24 @@ struct ValidRows {
   int total;
 
   __device__ __forceinline__ ValidRows(const GatedGroupQuantParams& p, int lane) {
+    const int64_t first = lane * kPerLane;
+    if (kPerLane % 4 == 0 && p.valid_rows_are_vectors) {
+#pragma unroll
+      for (int i = 0; i < kPerLane / 4; ++i) {
+        int4 four = {};
+        if (first + 4 * i < p.batches) four = *reinterpret_cast<const int4*>(p.valid_rows + first + 4 * i);
+        count[4 * i] = four.x, count[4 * i + 1] = four.y, count[4 * i + 2] = four.z, count[4 * i + 3] = four.w;
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < kPerLane; ++i) {
+        count[i] = first + i < p.batches ? p.valid_rows[(first + i) * p.valid_rows_stride] : 0;
+      }
+    }
     int sum = 0;
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
-      const int64_t batch = lane * kPerLane + i;
-      const int64_t valid = batch < p.batches ? p.valid_rows[batch * p.valid_rows_stride] : 0;
-      count[i] = static_cast<int>(max(int64_t{0}, min(valid, p.rows)));
+      count[i] = static_cast<int>(max(int64_t{0}, min(int64_t{count[i]}, p.rows)));
       sum += count[i];
     }
     int through = sum;
@@ -51,39 +64,52 @@ struct ValidRows {
   }
 };
 
-template <typename In, typename Out, int kGroupSize, ScaleType kScale, int kPerLane>
-__global__ void __launch_bounds__(32 * kMaxWarps, kBlocksPerSm)
-masked_gated_group_quant_kernel(const __grid_constant__ GatedGroupQuantParams p) {
-  using Quant = GatedTile<In, Out, Activation::kSilu, kGroupSize, kScale>;
-  pdl_trigger();
+template <typename Quant, int kPerLane>
+__device__ __forceinline__ void quantize_valid(const GatedGroupQuantParams& p, const ValidRows<kPerLane>& valid,
+                                               int64_t first, int64_t step) {
   const int lane = threadIdx.x % 32;
-  const int64_t warp = static_cast<int64_t>(blockIdx.x) * kMaxWarps + threadIdx.x / 32;
-  const int64_t warps = static_cast<int64_t>(gridDim.x) * kMaxWarps;
-  const int tiles = (p.hidden_size + kWarpColumns - 1) / kWarpColumns;
-  pdl_wait();
-
-  const ValidRows<kPerLane> valid(p, lane);
-  const int64_t work = static_cast<int64_t>(valid.total) * tiles;
-  for (int64_t item = warp; item < work; item += warps) {
-    const int column_tile = static_cast<int>(item / valid.total);
+  const int scaled_columns = Quant::scaled_columns(p.hidden_size);
+  const int64_t tiles = (scaled_columns + Quant::kColumns - 1) / Quant::kColumns;
+  const int64_t work = (valid.total + kRowsTogether - 1) / kRowsTogether * kRowsTogether * tiles;
+  for (int64_t item = first; item < work; item += step) {
+    const int64_t rows = item / kRowsTogether / tiles;
+    const int64_t index = rows * kRowsTogether + item % kRowsTogether;
+    if (index >= valid.total) continue;
     int64_t batch, row;
-    valid.find(static_cast<int>(item - static_cast<int64_t>(column_tile) * valid.total), lane, batch, row);
-    const int column = column_tile * kWarpColumns + lane * kChunk;
+    valid.find(static_cast<int>(index), lane, batch, row);
+    const int column = static_cast<int>(item / kRowsTogether - rows * tiles) * Quant::kColumns + lane * Quant::Source::kSize;
     const bool in_row = column < p.hidden_size;
-    const Tile<In, Out> tile(p, batch, row, column, column / (kChunk * Quant::kLanesPerScale));
-    Quant::quantize(p, tile, in_row, in_row, lane);
+    Quant::quantize(p, Quant::tile(p, batch, row, column), column, column < scaled_columns, in_row);
   }
 }
 
 template <typename In, typename Out, int kGroupSize, ScaleType kScale, int kPerLane>
-cudaError_t launch(const GatedGroupQuantParams& p, cudaStream_t stream) {
-  int device = 0, sms = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
-  if (error != cudaSuccess) return error;
-  const int64_t most = p.batches * p.rows * ((p.hidden_size + kWarpColumns - 1) / kWarpColumns);
-  const dim3 grid(std::min<int64_t>((most + kMaxWarps - 1) / kMaxWarps, int64_t{sms} * kBlocksPerSm));
-  return launch_kernel(masked_gated_group_quant_kernel<In, Out, kGroupSize, kScale, kPerLane>, grid, dim3(32 * kMaxWarps),
+__global__ void __launch_bounds__(32 * kBlockWarps, kBlocksPerSm)
+masked_gated_group_quant_kernel(const __grid_constant__ GatedGroupQuantParams p) {
+  pdl_trigger();
+  const int64_t warp = threadIdx.x / 32, warps = int64_t{gridDim.x} * kBlockWarps;
+  touch(p);
+  pdl_wait();
+
+  const ValidRows<kPerLane> valid(p, threadIdx.x % 32);
+  if (int64_t{valid.total} * p.hidden_size <= 2 * warps * 128) {
+    using Fine = GatedTile<In, Out, Activation::kSilu, kGroupSize, kScale, 4>;
+    quantize_valid<Fine>(p, valid, warp * gridDim.x + blockIdx.x, warps);
+  } else {
+    using Coarse = GatedTile<In, Out, Activation::kSilu, kGroupSize, kScale, kChunk>;
+    quantize_valid<Coarse>(p, valid, int64_t{blockIdx.x} * kBlockWarps + warp, warps);
+  }
+}
+
+template <typename In, typename Out, int kGroupSize, ScaleType kScale, int kPerLane>
+cudaError_t launch(GatedGroupQuantParams p, cudaStream_t stream) {
+  int sms = 0;
+  if (const cudaError_t error = count_sms(sms); error != cudaSuccess) return error;
+  p.valid_rows_are_vectors = p.valid_rows_stride == 1 && p.batches % 4 == 0 &&
+                             reinterpret_cast<uintptr_t>(p.valid_rows) % sizeof(int4) == 0;
+  const int64_t most = p.batches * p.rows * ((p.hidden_size + 127) / 128);
+  const dim3 grid(std::min<int64_t>((most + kBlockWarps - 1) / kBlockWarps, int64_t{sms} * kBlocksPerSm));
+  return launch_kernel(masked_gated_group_quant_kernel<In, Out, kGroupSize, kScale, kPerLane>, grid, dim3(32 * kBlockWarps),
                        0, stream, p.pdl, p);
 }
 

@@ -95,23 +95,23 @@ struct Multiplier {
   __device__ float operator()(float x) const { return __fmul_rn(x, reciprocal); }
 };
 
-template <typename Out, typename In, typename Divide>
-__device__ __forceinline__ void quantize_chunk(const Chunk<In>& chunk, const Divide& divide, Out* destination) {
-  uint32_t packed[kChunk / 4];
+template <typename Out, typename In, int kSize, typename Divide>
+__device__ __forceinline__ void quantize_chunk(const Chunk<In, kSize>& chunk, const Divide& divide, Out* destination) {
+  uint32_t packed[kSize / 4];
 #pragma unroll
-  for (int i = 0; i < kChunk / 4; ++i) {
+  for (int i = 0; i < kSize / 4; ++i) {
     const float2 low = unpack_pair(chunk, 2 * i), high = unpack_pair(chunk, 2 * i + 1);
     packed[i] =
         pack_bytes(static_cast<Out*>(nullptr), divide(low.x), divide(low.y), divide(high.x), divide(high.y));
   }
-  *reinterpret_cast<uint4*>(destination) = make_uint4(packed[0], packed[1], packed[2], packed[3]);
+  store_words(destination, packed);
 }
 
 // The scale of the calling lane's group, from the bits of its chunk's absolute maximum.
-template <typename Out, int kGroupSize, bool kPow2>
+template <typename Out, int kGroupSize, bool kPow2, int kSize = kChunk>
 __device__ __forceinline__ float group_scale(uint32_t bits, float eps) {
 #pragma unroll
-  for (int lanes = kGroupSize / kChunk / 2; lanes > 0; lanes /= 2) {
+  for (int lanes = kGroupSize / kSize / 2; lanes > 0; lanes /= 2) {
     bits = max(bits, __shfl_xor_sync(kFullWarp, bits, lanes));
   }
   float scale = divide_by<kQuantMax<Out>>(__uint_as_float(max(bits, __float_as_uint(eps))));
@@ -141,14 +141,16 @@ struct Tile {
   }
 };
 
+// In UE8M0, where Inf and NaN both become 255, which is NaN.
+__device__ __forceinline__ uint8_t exponent_byte(float scale) { return (__float_as_uint(scale) & 0x7fffffffu) >> 23; }
+
 // What the calling lane stores for its group: the bits of the scale or, packed, the biased exponents of four groups side
 // by side. The whole warp calls it; where `valid` is false the scale counts as 0.
 template <ScaleType kScale, int kLanesPerGroup>
 __device__ __forceinline__ uint32_t scale_word(float scale, bool valid, int lane) {
   uint32_t word = valid ? __float_as_uint(scale) : 0;
   if constexpr (kScale == ScaleType::kPackedUE8M0) {
-    // Inf and NaN both become 255, which is NaN in UE8M0.
-    word = (word & 0x7fffffffu) >> 23 << (lane / kLanesPerGroup % 4 * 8);
+    word = valid ? exponent_byte(scale) << (lane / kLanesPerGroup % 4 * 8) : 0;
     word |= __shfl_xor_sync(kFullWarp, word, kLanesPerGroup);
     word |= __shfl_xor_sync(kFullWarp, word, 2 * kLanesPerGroup);
   }

@@ -36,24 +36,26 @@ __device__ __forceinline__ float activate_and_multiply(float gate, float up, con
   }
 }
 
-template <typename In>
+template <typename In, int kElements = kChunk>
 struct PlainRow {
+  static constexpr int kSize = kElements;
   using Input = In;
-  using Value = In;
-  using Raw = Chunk<In>;
+  using Values = Chunk<In, kSize>;
+  using Raw = Values;
   using Divide = std::conditional_t<sizeof(In) == 4, ExactDivisor, Divisor>;
 
   static __device__ __forceinline__ void load(Raw& raw, const In* x, int64_t) { load_chunk<In, true>(raw, x); }
-  static __device__ __forceinline__ Chunk<In> finish(const Raw& raw, const ActivationParams&) { return raw; }
+  static __device__ __forceinline__ Values finish(const Raw& raw, const ActivationParams&) { return raw; }
 };
 
-template <typename In, Activation kActivation>
+template <typename In, Activation kActivation, int kElements = kChunk>
 struct GatedRow {
+  static constexpr int kSize = kElements;
   using Input = In;
-  using Value = float;
+  using Values = Chunk<float, kSize>;
   using Divide = Divisor;  // the activation is no exact number: the last bit of a quotient says nothing
   struct Raw {
-    Chunk<In> gate, up;
+    Chunk<In, kSize> gate, up;
   };
 
   // x: the gate's chunk; the other half lies hidden_size further on.
@@ -61,10 +63,10 @@ struct GatedRow {
     load_chunk<In, true>(raw.gate, x);
     load_chunk<In, true>(raw.up, x + hidden_size);
   }
-  static __device__ __forceinline__ Chunk<float> finish(const Raw& raw, const ActivationParams& p) {
-    Chunk<float> values;
+  static __device__ __forceinline__ Values finish(const Raw& raw, const ActivationParams& p) {
+    Values values;
 #pragma unroll
-    for (int i = 0; i < kChunk / 2; ++i) {
+    for (int i = 0; i < kSize / 2; ++i) {
       const float2 gate = unpack_pair(raw.gate, i), up = unpack_pair(raw.up, i);
       pack_pair(values, i, activate_and_multiply<kActivation>(gate.x, up.x, p),
                 activate_and_multiply<kActivation>(gate.y, up.y, p));

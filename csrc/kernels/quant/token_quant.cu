@@ -3,14 +3,14 @@
 namespace vllm_b200 {
 namespace {
 
+// A thread has one chunk of a row as long as a block has enough of them: measured on an H200 for few rows and for many.
 template <typename In, TokenQuant kKind>
 cudaError_t choose_chunks(const TokenQuantParams& p, cudaStream_t stream) {
   using Source = PlainRow<In>;
-  const int64_t chunks = p.hidden_size / kChunk;
-  // Few rows want many threads each, many rows few: then a block is short of neither loads nor warps.
-  if (p.rows <= 132 && chunks <= 1024) return launch_token_quant<Source, kKind, 1>(p, stream);
-  if (chunks <= 128 || chunks > 1024) return launch_token_quant<Source, kKind, 4>(p, stream);
-  return launch_token_quant<Source, kKind, 2>(p, stream);
+  constexpr int kFull = sizeof(In) == 4 ? 1 : 2;  // whether an SM's registers allow all of its threads
+  if (p.hidden_size <= 512 * kChunk) return launch_token_quant<Source, kKind, 1, 512, 2 * kFull>(p, stream);
+  if (p.hidden_size <= 1024 * kChunk) return launch_token_quant<Source, kKind, 1, 1024, kFull>(p, stream);
+  return launch_token_quant<Source, kKind, 4, 512, 1>(p, stream);
 }
 
 template <typename In>
@@ -23,13 +23,22 @@ cudaError_t choose_kind(const TokenQuantParams& p, TokenQuant kind, cudaStream_t
   return cudaErrorInvalidValue;
 }
 
+template <typename In, TokenQuant kKind>
+cudaError_t choose_threads(const TokenQuantParams& p, cudaStream_t stream) {
+  using Source = PlainRow<In>;
+  constexpr int kFull = sizeof(In) == 4 ? 1 : 2;
+  const int64_t chunks = p.rows * (p.hidden_size / kChunk);
+  if (chunks < 64 * 132) return launch_tensor_quant<Source, kKind, 256, 4 * kFull>(p, 64, 64, stream);  // on many SMs
+  if (chunks < 2048 * 132) return launch_tensor_quant<Source, kKind, 256, 4 * kFull>(p, 256, 256, stream);
+  return launch_tensor_quant<Source, kKind, 1024, kFull>(p, 1024, 1024, stream);
+}
+
 template <typename In>
 cudaError_t choose_tensor_kind(const TokenQuantParams& p, TokenQuant kind, cudaStream_t stream) {
-  using Source = PlainRow<In>;
   switch (kind) {
-    case TokenQuant::kE4M3: return launch_tensor_quant<Source, TokenQuant::kE4M3>(p, stream);
-    case TokenQuant::kInt8: return launch_tensor_quant<Source, TokenQuant::kInt8>(p, stream);
-    case TokenQuant::kInt8Asymmetric: return launch_tensor_quant<Source, TokenQuant::kInt8Asymmetric>(p, stream);
+    case TokenQuant::kE4M3: return choose_threads<In, TokenQuant::kE4M3>(p, stream);
+    case TokenQuant::kInt8: return choose_threads<In, TokenQuant::kInt8>(p, stream);
+    case TokenQuant::kInt8Asymmetric: return choose_threads<In, TokenQuant::kInt8Asymmetric>(p, stream);
   }
   return cudaErrorInvalidValue;
 }

@@ -11,8 +11,13 @@
 namespace vllm_b200 {
 namespace {
 
-constexpr int kRowsPerBlock = 4;         // where a row is a warp
-constexpr int64_t kFewChunks = 64 * 132;  // below, small blocks on many SMs
+constexpr int kRowsPerBlock = 4;  // where a row is a warp
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+constexpr int kThreadsOfSm = 1536;
+#else
+constexpr int kThreadsOfSm = 2048;
+#endif
 
 // Fp32 as an int that orders alike; NaN lies beyond the infinity of its sign.
 __device__ __forceinline__ int ordered(float x) {
@@ -21,52 +26,89 @@ __device__ __forceinline__ int ordered(float x) {
 }
 __device__ __forceinline__ float from_ordered(int bits) { return __int_as_float(bits ^ (bits >> 31 & 0x7fffffff)); }
 
-template <typename T>
-__device__ __forceinline__ void widen(int& low, int& high, const Chunk<T>& chunk) {
+// The smallest and the largest of some numbers, ordered.
+struct Range {
+  int low = 0x7fffffff, high = -0x7fffffff - 1;
+};
+
+__device__ __forceinline__ void widen(Range& range, float low, float high) {
+  range.low = min(range.low, ordered(low)), range.high = max(range.high, ordered(high));
+}
+
+template <typename T, int kSize>
+__device__ __forceinline__ void widen(Range& range, const Chunk<T, kSize>& chunk) {
+  constexpr int kWords = Chunk<T, kSize>::kWords;
+  if constexpr (sizeof(T) == 4) {
 #pragma unroll
-  for (int i = 0; i < kChunk / 2; ++i) {
-    const float2 pair = unpack_pair(chunk, i);
-    low = min(low, min(ordered(pair.x), ordered(pair.y)));
-    high = max(high, max(ordered(pair.x), ordered(pair.y)));
+    for (int i = 0; i < kWords; ++i) widen(range, __uint_as_float(chunk.word[i]), __uint_as_float(chunk.word[i]));
+  } else {
+    using Pair = std::conditional_t<std::is_same_v<T, __nv_bfloat16>, __nv_bfloat162, __half2>;
+    Pair low[kWords], high[kWords];
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) low[i] = high[i] = reinterpret_cast<const Pair&>(chunk.word[i]);
+#pragma unroll
+    for (int half = kWords / 2; half > 0; half /= 2) {
+#pragma unroll
+      for (int i = 0; i < half; ++i) {
+        low[i] = __hmin2_nan(low[i], low[i + half]), high[i] = __hmax2_nan(high[i], high[i + half]);
+      }
+    }
+    Chunk<T, 4> ends;
+    ends.word[0] = reinterpret_cast<const uint32_t&>(low[0]), ends.word[1] = reinterpret_cast<const uint32_t&>(high[0]);
+    const float2 lows = unpack_pair(ends, 0), highs = unpack_pair(ends, 1);
+    widen(range, lows.x, highs.x), widen(range, lows.y, highs.y);
   }
 }
 
 // The maximum over the warps of a row. A block of several rows has one warp for each.
-template <typename T>
-__device__ __forceinline__ T row_max(T value, T* shared) {
+__device__ __forceinline__ uint32_t row_max(uint32_t value) {
+  __shared__ uint32_t warps[32];
   value = __reduce_max_sync(kFullWarp, value);
   if (blockDim.x > 32) {
-    if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = value;
+    if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = value;
     __syncthreads();
-    value = __reduce_max_sync(kFullWarp, shared[min(threadIdx.x % 32, blockDim.x / 32 - 1)]);
+    value = __reduce_max_sync(kFullWarp, warps[min(threadIdx.x % 32, blockDim.x / 32 - 1)]);
   }
   return value;
 }
 
-template <typename T>
-__device__ __forceinline__ void quantize_asymmetric(const Chunk<T>& chunk, float reciprocal, int azp, void* destination) {
-  uint32_t packed[kChunk / 4];
+__device__ __forceinline__ Range row_range(Range range) {
+  __shared__ int2 warps[32];
+  range = {__reduce_min_sync(kFullWarp, range.low), __reduce_max_sync(kFullWarp, range.high)};
+  if (blockDim.x > 32) {
+    if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = make_int2(range.low, range.high);
+    __syncthreads();
+    const int2 other = warps[min(threadIdx.x % 32, blockDim.x / 32 - 1)];
+    range = {__reduce_min_sync(kFullWarp, other.x), __reduce_max_sync(kFullWarp, other.y)};
+  }
+  return range;
+}
+
+template <typename T, int kSize>
+__device__ __forceinline__ void quantize_asymmetric(const Chunk<T, kSize>& chunk, float reciprocal, int azp,
+                                                    void* destination) {
+  uint32_t packed[kSize / 4];
 #pragma unroll
-  for (int i = 0; i < kChunk / 4; ++i) {
+  for (int i = 0; i < kSize / 4; ++i) {
     const float2 low = unpack_pair(chunk, 2 * i), high = unpack_pair(chunk, 2 * i + 1);
     const auto to_int = [&](float x) { return __float2int_rn(__fmul_rn(x, reciprocal)) + azp; };
     packed[i] = pack_int8(to_int(low.x), to_int(low.y), to_int(high.x), to_int(high.y));
   }
-  *static_cast<uint4*>(destination) = make_uint4(packed[0], packed[1], packed[2], packed[3]);
+  store_words(destination, packed);
 }
 
 // Quantises the row of the calling warps from its chunks in registers: chunk i goes to destination[i], or nowhere if null.
-template <TokenQuant kKind, typename Divide, int kChunks, typename Value>
-__device__ __forceinline__ void quantize_row(const Chunk<Value> (&chunk)[kChunks], void* const (&destination)[kChunks],
+template <TokenQuant kKind, typename Divide, int kChunks, typename Values>
+__device__ __forceinline__ void quantize_row(const Values (&chunk)[kChunks], void* const (&destination)[kChunks],
                                              float* scale_out, int32_t* azp_out, const float* scale_ub) {
   if constexpr (kKind == TokenQuant::kInt8Asymmetric) {
-    __shared__ int lows[32], highs[32];
-    int low = 0x7fffffff, high = -0x7fffffff - 1;
+    Range range;
 #pragma unroll
     for (int i = 0; i < kChunks; ++i) {
-      if (destination[i] != nullptr) widen(low, high, chunk[i]);
+      if (destination[i] != nullptr) widen(range, chunk[i]);
     }
-    const float smallest = from_ordered(~row_max(~low, lows)), largest = from_ordered(row_max(high, highs));
+    range = row_range(range);
+    const float smallest = from_ordered(range.low), largest = from_ordered(range.high);
     const float scale = __fdiv_rn(largest - smallest, 255.0f);
     const bool flat = scale == 0.0f;  // a row of one value stands for 0, whatever its bytes
     const int azp = flat ? 0 : __float2int_rn(-128.0f - __fdiv_rn(smallest, scale));
@@ -77,11 +119,10 @@ __device__ __forceinline__ void quantize_row(const Chunk<Value> (&chunk)[kChunks
     }
     if (threadIdx.x == 0) *scale_out = scale, *azp_out = azp;
   } else {
-    __shared__ uint32_t maxima[32];
     uint32_t amax = 0;
 #pragma unroll
     for (int i = 0; i < kChunks; ++i) amax = max(amax, absmax_bits(chunk[i]));
-    amax = row_max(amax, maxima);
+    amax = row_max(amax);
     float scale;
     if constexpr (kKind == TokenQuant::kE4M3) {
       scale = token_scale_e4m3(amax, scale_ub);
@@ -103,8 +144,8 @@ __device__ __forceinline__ void quantize_row(const Chunk<Value> (&chunk)[kChunks
 }
 
 // The same with one given scale.
-template <TokenQuant kKind, typename Divide, typename Value>
-__device__ __forceinline__ void quantize_with(const Chunk<Value>& chunk, float scale, int azp, void* destination) {
+template <TokenQuant kKind, typename Divide, typename Values>
+__device__ __forceinline__ void quantize_with(const Values& chunk, float scale, int azp, void* destination) {
   if constexpr (kKind == TokenQuant::kE4M3) {
     quantize_chunk(chunk, Multiplier(__frcp_rn(scale)), static_cast<__nv_fp8_e4m3*>(destination));
   } else if constexpr (kKind == TokenQuant::kInt8) {
@@ -115,8 +156,9 @@ __device__ __forceinline__ void quantize_with(const Chunk<Value>& chunk, float s
 }
 
 // A block: one row of blockDim.x threads, or blockDim.y rows of a warp each.
-template <typename Source, TokenQuant kKind, int kChunks>
-__global__ void __launch_bounds__(kChunks == 4 ? 512 : 1024) token_quant_kernel(const __grid_constant__ TokenQuantParams p) {
+template <typename Source, TokenQuant kKind, int kChunks, int kMaxThreads, int kMinBlocks>
+__global__ void __launch_bounds__(kMaxThreads, std::min(kMinBlocks, kThreadsOfSm / kMaxThreads))
+token_quant_kernel(const __grid_constant__ TokenQuantParams p) {
   pdl_trigger();
   const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
   const auto* x = static_cast<const typename Source::Input*>(p.x) + row * p.x_stride_row;
@@ -124,6 +166,7 @@ __global__ void __launch_bounds__(kChunks == 4 ? 512 : 1024) token_quant_kernel(
   float* scale = p.scale + row;
   const int hidden_size = static_cast<int>(p.hidden_size);
   asm volatile("" ::"l"(x), "l"(q), "l"(scale), "r"(hidden_size));
+  touch(p);
   pdl_wait();
   if (row >= p.rows) return;  // whole warps, of blocks with no barrier
 
@@ -131,25 +174,27 @@ __global__ void __launch_bounds__(kChunks == 4 ? 512 : 1024) token_quant_kernel(
   void* destination[kChunks];
 #pragma unroll
   for (int i = 0; i < kChunks; ++i) {
-    const int column = (threadIdx.x + i * blockDim.x) * kChunk;
+    const int column = (threadIdx.x + i * blockDim.x) * Source::kSize;
     destination[i] = column < hidden_size ? q + column : nullptr;
     if (column < hidden_size) Source::load(raw[i], x + column, hidden_size);
   }
-  Chunk<typename Source::Value> chunk[kChunks];
+  typename Source::Values chunk[kChunks];
 #pragma unroll
   for (int i = 0; i < kChunks; ++i) chunk[i] = Source::finish(raw[i], p.activation);
   quantize_row<kKind, typename Source::Divide>(chunk, destination, scale, p.azp + row, p.scale_ub);
 }
 
-template <typename Source, TokenQuant kKind>
-__global__ void __launch_bounds__(256) tensor_quant_kernel(const __grid_constant__ TokenQuantParams p) {
+template <typename Source, TokenQuant kKind, int kMaxThreads, int kMinBlocks>
+__global__ void __launch_bounds__(kMaxThreads, std::min(kMinBlocks, kThreadsOfSm / kMaxThreads))
+tensor_quant_kernel(const __grid_constant__ TokenQuantParams p) {
   pdl_trigger();
-  const int64_t column = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) * kChunk;
+  const int64_t column = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) * Source::kSize;
   int64_t row = static_cast<int64_t>(blockIdx.y) * blockDim.y + threadIdx.y;
   const auto* x = static_cast<const typename Source::Input*>(p.x) + row * p.x_stride_row + column;
   auto* q = static_cast<uint8_t*>(p.q) + row * p.q_stride_row + column;
   const int64_t rows = p.rows, step = static_cast<int64_t>(gridDim.y) * blockDim.y;
-  asm volatile("" ::"l"(x), "l"(q), "l"(rows), "l"(p.scale), "l"(p.azp));
+  asm volatile("" ::"l"(x), "l"(q), "l"(rows));
+  touch(p);
   pdl_wait();
   if (column >= p.hidden_size) return;
 
@@ -165,23 +210,25 @@ __global__ void __launch_bounds__(256) tensor_quant_kernel(const __grid_constant
 
 constexpr int64_t round_up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
 
-template <typename Source, TokenQuant kKind, int kChunks>
+template <typename Source, TokenQuant kKind, int kChunks, int kMaxThreads, int kMinBlocks>
 cudaError_t launch_token_quant(const TokenQuantParams& p, cudaStream_t stream) {
-  const int64_t threads = round_up((p.hidden_size + kChunks * kChunk - 1) / (kChunks * kChunk), 32);
-  if (threads > (kChunks == 4 ? 512 : 1024)) return cudaErrorInvalidValue;
+  constexpr int kColumns = kChunks * Source::kSize;
+  const int64_t threads = round_up((p.hidden_size + kColumns - 1) / kColumns, 32);
   const int rows = threads == 32 ? kRowsPerBlock : 1;
+  if (threads * rows > kMaxThreads) return cudaErrorInvalidValue;
   const dim3 grid((p.rows + rows - 1) / rows), block(threads, rows);
-  return launch_kernel(token_quant_kernel<Source, kKind, kChunks>, grid, block, 0, stream, p.pdl, p);
+  return launch_kernel(token_quant_kernel<Source, kKind, kChunks, kMaxThreads, kMinBlocks>, grid, block, 0, stream, p.pdl,
+                       p);
 }
 
-template <typename Source, TokenQuant kKind>
-cudaError_t launch_tensor_quant(const TokenQuantParams& p, cudaStream_t stream) {
-  const int64_t chunks = p.hidden_size / kChunk;
-  const int threads = static_cast<int>(std::min<int64_t>(round_up(chunks, 32), p.rows * chunks < kFewChunks ? 64 : 256));
-  const int rows = 256 / threads;
-  const dim3 block(threads, p.rows < rows ? 1 : rows);
-  const dim3 grid((chunks + threads - 1) / threads, std::min<int64_t>((p.rows + block.y - 1) / block.y, 65535));
-  return launch_kernel(tensor_quant_kernel<Source, kKind>, grid, block, 0, stream, p.pdl, p);
+// Blocks of `threads` threads, up to `width` of them along a row.
+template <typename Source, TokenQuant kKind, int kMaxThreads, int kMinBlocks>
+cudaError_t launch_tensor_quant(const TokenQuantParams& p, int threads, int64_t width, cudaStream_t stream) {
+  const int64_t chunks = (p.hidden_size + Source::kSize - 1) / Source::kSize;
+  width = std::min(width, round_up(chunks, 32));
+  const dim3 block(width, std::min<int64_t>(threads / width, p.rows));
+  const dim3 grid((chunks + width - 1) / width, std::min<int64_t>((p.rows + block.y - 1) / block.y, 65535));
+  return launch_kernel(tensor_quant_kernel<Source, kKind, kMaxThreads, kMinBlocks>, grid, block, 0, stream, p.pdl, p);
 }
 
 }  // namespace

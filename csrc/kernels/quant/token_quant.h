@@ -48,4 +48,20 @@ cudaError_t tensor_quant(const TokenQuantParams& params, InputType input, TokenQ
 cudaError_t gated_tensor_quant(const TokenQuantParams& params, InputType input, Activation activation, TokenQuant kind,
                                cudaStream_t stream);
 
+// e4m3 x * (1 / scale) with one given scale for group_rows x group_columns elements; strides in elements.
+struct StaticGroupQuantParams {
+  const void* x;
+  void* q;
+  const float* scale;  // [row groups, column groups]
+  int64_t rows;
+  int64_t hidden_size;  // a multiple of 16
+  int64_t x_stride_row, q_stride_row;
+  int64_t group_rows, group_columns;  // columns: 1 or a multiple of 16
+  int64_t scale_stride_row, scale_stride_column;
+  bool pdl;  // launch with programmatic stream serialization
+};
+
+// x and q are 16-byte aligned in every row.
+cudaError_t static_group_quant(const StaticGroupQuantParams& params, InputType input, cudaStream_t stream);
+
 }  // namespace vllm_b200
