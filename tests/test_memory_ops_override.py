@@ -13,7 +13,7 @@ from vllm_b200_plugin.integration import cache_ops, gated_quant_ops, norm_quant_
 from vllm_b200_plugin.ops import _library
 from vllm_b200_plugin.ops.gated_quant import gated_group_quant, gated_tensor_quant
 from vllm_b200_plugin.ops.norm_quant import rms_norm_group_quant, rms_norm_tensor_quant, rms_norm_token_quant
-from vllm_b200_plugin.ops.token_quant import per_tensor_quant, per_token_quant, static_group_quant
+from vllm_b200_plugin.ops.token_quant import per_tensor_quant, per_token_quant
 
 pytestmark = pytest.mark.skipif(not _library.status().loaded, reason="the CUDA library, which overrides, was not built")
 
@@ -105,22 +105,12 @@ def test_per_tensor(ops):
     assert not ops.calls
 
 
-def test_given_groups(ops):
+def test_given_groups_are_left_to_the_original(ops):
     x, q = torch.randn(4, 256).half(), torch.empty(4, 256, dtype=E4M3)
     channels, tokens, groups = torch.rand(256) + 0.1, torch.rand(4) + 0.1, torch.rand(2, 4).t() + 0.1
-    for scale, shape, expected in (
-        (channels, [-1, 1], (channels, (-1, 1))),
-        (channels[None], None, (channels, (-1, 1))),
-        (tokens, [1, -1], (tokens, (1, -1))),
-        (groups, None, (groups, (1, 128))),
-        (groups, [1, 128], (groups, (1, 128))),
-    ):
+    for scale, shape in ((channels, [-1, 1]), (channels[None], None), (tokens, [1, -1]), (groups, [1, 128])):
         ops.static_scaled_fp8_quant(q, x, scale, shape)
-        assert same(q, static_group_quant(x, *expected))
-    assert not ops.calls
-    for scale, shape in ((channels, None), (channels, [1, -1]), (groups, [2, 128]), (torch.ones(3, 256), None)):
-        ops.static_scaled_fp8_quant(q, x, scale, shape)
-    assert len(ops.calls) == 4, "what vLLM's kernel objects to, it hears"
+    assert len(ops.calls) == 4
 
 
 @pytest.mark.parametrize("transposed", [False, True])

@@ -11,7 +11,6 @@ namespace vllm_b200::ops {
 void per_token_quant(const Tensor& x, Tensor q, Tensor scale, std::optional<Tensor> azp,
                      const std::optional<Tensor>& scale_ub, bool pdl);
 void per_tensor_quant(const Tensor& x, Tensor q, const Tensor& scale, const std::optional<Tensor>& azp, bool pdl);
-void static_group_quant(const Tensor& x, Tensor q, const Tensor& scale, int64_t group_rows, int64_t group_columns, bool pdl);
 
 // Those of vllm_b200_plugin/ops/gated_quant.py. activation: an index into ACTIVATIONS there.
 void gated_group_quant(const Tensor& x, Tensor q, Tensor scale, int64_t group_size, double eps, bool ue8m0, bool pad,

@@ -3,7 +3,6 @@
 
 #include <optional>
 #include <string>
-#include <utility>
 #include <vector>
 
 #include "../kernels/norm/rms_norm_quant.h"
@@ -77,42 +76,10 @@ void dynamic_scaled_int8_quant(Tensor result, Tensor input, Tensor scale, Option
   call_dispatcher("vllm_b200::vllm_dynamic_scaled_int8_quant", result, input, scale, azp);
 }
 
-// The rows and columns of a group, as vLLM finds them: from the scales' shape or, where that has one dimension, as given
-// with -1 for all. None where vLLM's kernel would object, or ours does not take them.
-std::optional<std::pair<int64_t, int64_t>> static_group(const Tensor& input, const Tensor& scale,
-                                                        const std::optional<std::vector<int64_t>>& group_shape) {
-  const int64_t columns = input.size(-1), rows = input.numel() / columns;
-  if (scale.scalar_type() != ScalarType::Float || scale.numel() == 0 || scale.dim() < 1 || scale.dim() > 2 ||
-      (group_shape ? group_shape->size() != 2 : scale.dim() == 1)) {
-    return std::nullopt;
-  }
-  int64_t group_rows = 0, group_columns = 0;
-  if (group_shape) {
-    group_rows = (*group_shape)[0] == -1 ? rows : (*group_shape)[0];
-    group_columns = (*group_shape)[1] == -1 ? columns : (*group_shape)[1];
-  } else {
-    group_rows = rows / scale.size(0);
-    group_columns = columns / scale.size(1);
-  }
-  if (group_rows < 1 || group_columns < 1 || rows % group_rows != 0 || columns % group_columns != 0 ||
-      (group_columns != 1 && group_columns % 16 != 0)) {
-    return std::nullopt;
-  }
-  const int64_t row_groups = rows / group_rows, column_groups = columns / group_columns;
-  const bool fits = scale.dim() == 2 ? scale.size(0) == row_groups && scale.size(1) == column_groups
-                                     : (row_groups == 1 || column_groups == 1) && scale.numel() == row_groups * column_groups;
-  return fits ? std::optional(std::pair(group_rows, group_columns)) : std::nullopt;
-}
-
+// Groups are vLLM's: ours were not timed beside them.
 void static_scaled_fp8_quant(Tensor result, Tensor input, Tensor scale, std::optional<std::vector<int64_t>> group_shape) {
   if (is_float(input) && is_e4m3(result) && takes_rows(input, result, 1, kAnyWidth) && is_one_float(scale)) {
     return run("vllm_b200::per_tensor_quant", &ops::per_tensor_quant, input, result, scale, OptionalTensor{}, false);
-  }
-  if (is_float(input) && is_e4m3(result) && takes_rows(input, result, 1, kAnyWidth)) {
-    if (const auto group = static_group(input, scale, group_shape)) {
-      return run("vllm_b200::static_group_quant", &ops::static_group_quant, input, result, scale, group->first,
-                 group->second, false);
-    }
   }
   call_dispatcher("vllm_b200::vllm_static_scaled_fp8_quant", result, input, scale, group_shape);
 }
