@@ -26,7 +26,7 @@ VLLM = "vllm"  # none of ours: vLLM goes on through its own list
 GROUP_SIZE = 128
 # On an H200 from 8 tokens on DeepGEMM is 4 to 12 % faster than FlashInfer's kernel for 2048x4096, 2112x7168 and
 # 3072x1536, and slower for 5120x2048 and 7168x2048 (benchmarks/results/h200: fp8_block_*.jsonl the GEMMs alone,
-# tune_fp8_block_*.jsonl with vLLM's quantisations, which differ by 0.3 us).
+# tune_fp8_block.jsonl with the quantisations).
 SWAP_AB_BELOW = 8
 DEEP_GEMM_FROM_8_UP_TO_N = 3072
 # Where vLLM passes from FlashInfer's kernel, which scales activations in plain fp32, to DeepGEMM's scale format. The
