@@ -11,6 +11,7 @@ import torch
 # Ops that vLLM's passes, or the model, name; alike in vLLM 0.32 and 0.33.
 OPS = (
     "silu_and_mul(Tensor! result, Tensor input) -> ()",
+    "cutlass_scaled_mm(Tensor! out, Tensor a, Tensor b, Tensor a_scales, Tensor b_scales, Tensor? bias) -> ()",
     "rms_norm_static_fp8_quant(Tensor! result, Tensor input, Tensor weight, Tensor scale, float epsilon) -> ()",
     "dynamic_scaled_fp8_quant(Tensor! result, Tensor input, Tensor! scale) -> ()",
     "fused_add_rms_norm(Tensor! input, Tensor! residual, Tensor? weight, float epsilon) -> ()",
@@ -89,9 +90,11 @@ class Compiler:
         self.passes, self.settings = backend.pass_manager, {**backend.inductor_config, "fx_graph_cache": False}
 
     def optimised(
-        self, function: Callable[..., Any], inputs: tuple[Any, ...], run: bool = False
+        self, function: Callable[..., Any], inputs: tuple[Any, ...], run: bool = False, first: int = 1
     ) -> tuple[torch.fx.Graph, Any]:
         """The graph of function(*inputs) behind the passes, and with `run` what that graph gives on CPU.
+
+        first: where the compile range begins.
 
         The first dimensions of matrices are dynamic.
         """
@@ -116,7 +119,7 @@ class Compiler:
             return graph.forward
 
         def backend(graph: torch.fx.GraphModule, example_inputs: list[Any]) -> Any:
-            with inductor_config.patch(self.settings), pass_context(Range(1, 2048)):
+            with inductor_config.patch(self.settings), pass_context(Range(first, 2048)):
                 return compile_fx(graph, example_inputs, inner_compile=inner)
 
         for tensor in inputs:

@@ -77,6 +77,10 @@ vllm_compat.CUTLASS_GEMM.replace(cutlass)
 for function in (static_scaled_fp8_quant, silu_and_mul_quant):
     vllm_ops.impl(function.__name__, function, "CPU")
 
+def cutlass_scaled_mm(out, a, b, a_scales, b_scales, bias=None):
+    out.copy_(cutlass(a, b, a_scales, b_scales, out.dtype, bias))
+vllm_ops.impl("cutlass_scaled_mm", cutlass_scaled_mm, "CPU")
+
 OPS = ("norm_scaled_linear", "add_norm_scaled_linear", "silu_scaled_linear", "scaled_linear")
 def count(graph):
     ops = collections.Counter(str(n.target).split(".")[1] for n in graph.nodes if ".default" in str(n.target))
@@ -162,6 +166,25 @@ for given in (None, x_scale):
     matched, outside, (expected, actual) = compiled(computed, run=True)
     outs.append([outside, float((actual - expected).float().abs().mean() / expected.float().abs().mean())])
 answers["outside"] = outs
+
+# With a graph of few tokens.
+answers["ranges"] = {name: config.compilation_config.compile_ranges_endpoints for name, config in configs.items()}
+compiler = fake_compile.Compiler(configs["static"])
+def of_many(x, wide):
+    y = ir.rms_norm(x, norm_weight, 1e-6)
+    q = torch.empty(wide.shape[0], 512, dtype=torch.float8_e4m3fn)
+    torch.ops._C.silu_and_mul_quant(q, wide, x_scale)
+    return (
+        ours.scaled_linear(y, weight, scale, None, bias, bf16),
+        ours.scaled_linear(x, weight, scale, x_scale, None, bf16),
+        ours.scaled_linear(q, weight, scale, x_scale, None, bf16),
+        ours.scaled_linear(y, int8_weight, scale, None, None, bf16),
+    )
+inputs = normal(20, 512), normal(20, 1024)
+expected = of_many(*inputs)
+graph, actual = compiler.optimised(of_many, inputs, run=True, first=17)
+errors = [float((a.float() - b.float()).abs().mean() / b.float().abs().mean()) for a, b in zip(actual, expected)]
+answers["many"] = [sum("cutlass_scaled_mm" in str((n.target, n.args)) for n in graph.nodes), count(graph)[1:], errors]
 answers["results"] = plugin.results()
 print(json.dumps(answers))
 """
@@ -173,7 +196,8 @@ def found(tmp_path_factory):
     for name, folder in folders.items():
         with open(f"{folder}/config.json", "w") as file:
             json.dump(MODELS[name], file)
-    environment = {"VLLM_B200_ENABLE": "norm_linear_fusion,int8_linear", "VLLM_B200_STRICT": "1", "HF_HUB_OFFLINE": "1"}
+    enabled = "norm_linear_fusion,few_token_graphs,int8_linear"
+    environment = {"VLLM_B200_ENABLE": enabled, "VLLM_B200_STRICT": "1", "HF_HUB_OFFLINE": "1"}
     return answer(CODE.replace("FOLDERS", json.dumps(folders)), **environment)
 
 
@@ -183,6 +207,15 @@ def test_every_place_in_a_model_is_found(found, model):
     assert found["results"]["norm_linear_fusion"] == "applied"
     # matched; norm, norm with residual, activation; left
     assert found["models"][model] == [3, 1, 1, 1, 1]
+
+
+def test_more_tokens_keep_vllms_layers(found):
+    """CUTLASS for the three FP8 layers, which also compute the same; of INT8 ours quantises."""
+    assert found["results"]["few_token_graphs"] == "applied"
+    assert all(ends[0] == 16 and len(ends) == 2 for ends in found["ranges"].values())
+    calls, counts, errors = found["many"]
+    assert calls == 3 and counts == [0, 0, 0, 1]
+    assert max(errors) < 2e-2
 
 
 def test_the_fused_graph_computes_the_same(found):

@@ -178,6 +178,15 @@ FEATURES: tuple[Feature, ...] = (
         trial=True,
     ),
     Feature(
+        name="few_token_graphs",
+        changes="models with quantised layers: a compiled graph of its own for steps of up to 16 tokens, to which "
+        "norm_linear_fusion then keeps",
+        needs="a second compilation when a model starts for the first time",
+        module="vllm_b200_plugin.integration.few_token_graphs",
+        after="vllm.config.vllm",
+        trial=True,
+    ),
+    Feature(
         name="cpu_fp8_moe",
         changes="FP8 block-scaled experts on CPU: the reference with real W8A8 arithmetic, on any processor",
         needs="vLLM's CPU platform",

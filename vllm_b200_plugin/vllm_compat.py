@@ -472,6 +472,20 @@ ENABLE_FAKE_MODE = Private(
     "patterns are traced while a model is",
     _PASSES,
 )
+PASS_CONTEXT = Private(
+    "vllm.compilation.passes.inductor_pass",
+    "get_pass_context",
+    "function: for which numbers of tokens the graph is",
+    "a pass of few tokens leaves the others alone",
+    _PASSES,
+)
+ENGINE_CONFIG = Private(
+    "vllm.config.vllm",
+    "VllmConfig",
+    "the configuration of an engine; _set_compile_ranges() finds where compile ranges end",
+    "to end one behind few tokens",
+    "a documented way for plugins to end a compile range",
+)
 IR_OPS = Private("vllm.ir", "ops", "ops that stand for RMSNorm in graphs", "to find them there", _PASSES)
 
 # Arguments of vLLM's CUDA ops that we stand in for, as their schemas name them. Needed until vLLM chooses quantisation

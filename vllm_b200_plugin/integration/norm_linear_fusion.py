@@ -7,6 +7,8 @@ and of INT8 layers those of the features fp8_linear and int8_linear.
 An FP8 layer behind something else that inductor makes a kernel of, a norm that others read for example, gets its
 quantisation back as vLLM has it: inductor takes that into its kernel, which saves a prefill the way through memory.
 Behind attention, which is no kernel of inductor's, the layer's op goes on quantising.
+
+With few_token_graphs the graph of more tokens has nothing of this: FP8 layers become vLLM's quantisation and CUTLASS.
 """
 
 import inspect
@@ -23,7 +25,7 @@ from torch._inductor import pattern_matcher
 import vllm_b200_plugin.integration.fused_linear_ops  # noqa: F401 - defines the ops
 from vllm_b200_plugin import vllm_compat
 from vllm_b200_plugin.features import FeatureUnavailable
-from vllm_b200_plugin.integration import fusion_pass, op_override, packed_quant_fusion
+from vllm_b200_plugin.integration import few_token_graphs, fusion_pass, op_override, packed_quant_fusion
 from vllm_b200_plugin.integration.fp8_block_op import Engine, machine
 from vllm_b200_plugin.integration.packed_quant_fusion import BLOCK, NORM_EPS
 from vllm_b200_plugin.ops.quant import QUANT_MAX
@@ -97,15 +99,19 @@ class NormLinearFusion(fusion_pass.FusionPass):
     """The pass."""
 
     line = "RMSNorm or silu_and_mul, and a quantised linear layer", "one op of ours", "the former quantises"
-    modules = (packed_quant_fusion.__name__,)
+    modules = (packed_quant_fusion.__name__, few_token_graphs.__name__)
 
     def __init__(self, dtype: torch.dtype) -> None:
         """dtype: of the model's activations."""
         super().__init__()
         self.apart = pattern_matcher.PatternMatcherPass(pass_name="quantisation apart")
+        self.cutlass = pattern_matcher.PatternMatcherPass(pass_name="vLLM's layers")
         vllm_compat.ENABLE_FAKE_MODE.get()(self._register)(dtype)
 
     def __call__(self, graph: torch.fx.Graph) -> None:
+        if vllm_compat.PASS_CONTEXT.get()().compile_range.start > few_token_graphs.MOST_TOKENS:
+            self.cutlass.apply(graph)
+            return
         super().__call__(graph)
         self.apart.apply(graph)
 
@@ -113,6 +119,7 @@ class NormLinearFusion(fusion_pass.FusionPass):
         for layer in _layers(dtype):
             if layer.op == "scaled_linear":
                 self._replace(*_apart(layer), layer, dtype, self.apart, _is_behind_inductor)
+                self._replace(*_cutlass(layer), layer, dtype, self.cutlass, _is_cutlass)
         for before, layer in itertools.product(_befores(), _layers(dtype)):
             if "x_scale" in before.inputs and "x_scale" not in layer.inputs:
                 continue
@@ -153,22 +160,45 @@ def _together(before: _Before, layer: _Layer) -> _Pair:
 
 def _apart(layer: _Layer) -> _Pair:
     """The layer as it is, and behind the quantisation of vLLM's QuantFP8 in PyTorch."""
-    names = ("x", *layer.inputs)
-    linear = _ours.scaled_linear.default
-
-    def search(x: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
-        return linear(x, *_given(layer.alone, dict(zip(layer.inputs, tensors, strict=True))))
 
     def replace(x: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
         values = dict(zip(layer.inputs, tensors, strict=True))
         weight, weight_scale, _, *rest = _given(layer.alone, values)
-        scale = values.get("x_scale")
-        if scale is None:
-            scale = (x.abs().amax(-1, keepdim=True).float() / E4M3_MAX).clamp(min=MIN_E4M3_SCALE)
-        q = (x.float() * scale.reciprocal()).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
-        return linear(q, weight, weight_scale, scale, *rest)
+        q, scale = _quantised(x, values.get("x_scale"))
+        return _ours.scaled_linear.default(q, weight, weight_scale, scale, *rest)
 
-    return _with_parameters(search, names), _with_parameters(replace, names)
+    return _alone(layer), _with_parameters(replace, ("x", *layer.inputs))
+
+
+def _cutlass(layer: _Layer) -> _Pair:
+    """The layer as it is, and as vLLM has it: its quantisation in PyTorch, where that is not done, and CUTLASS."""
+
+    def replace(x: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
+        values = dict(zip(layer.inputs, tensors, strict=True))
+        weight, weight_scale, scale, bias, out_dtype = _given(layer.alone, values)
+        if x.dtype != weight.dtype:
+            x, scale = _quantised(x, scale)
+        out = torch.empty((x.shape[0], weight.shape[1]), dtype=out_dtype, device=x.device)
+        scales = {"a_scales": scale, "b_scales": weight_scale}
+        op = torch.ops._C.cutlass_scaled_mm.default
+        return auto_functionalized(op, out=out, a=x, b=weight, **scales, bias=bias)[1]
+
+    return _alone(layer), _with_parameters(replace, ("x", *layer.inputs))
+
+
+def _alone(layer: _Layer) -> Callable[..., torch.Tensor]:
+    def search(x: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
+        values = dict(zip(layer.inputs, tensors, strict=True))
+        return _ours.scaled_linear.default(x, *_given(layer.alone, values))
+
+    return _with_parameters(search, ("x", *layer.inputs))
+
+
+def _quantised(x: torch.Tensor, scale: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """As vLLM's QuantFP8 in PyTorch."""
+    if scale is None:
+        scale = (x.abs().amax(-1, keepdim=True).float() / E4M3_MAX).clamp(min=MIN_E4M3_SCALE)
+    return (x.float() * scale.reciprocal()).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn), scale
 
 
 def _with_parameters(function: Callable[..., Any], names: tuple[str, ...]) -> Callable[..., Any]:
@@ -202,6 +232,12 @@ def _is_ours(match: Any) -> bool:
     """Whether our kernels take what was found."""
     x = match.kwargs["x"].meta["val"]
     return packed_quant_fusion.norm_is_ours(match) and x.shape[1] % 32 == 0 and x.shape[1] <= 2 * MAX_HIDDEN_SIZE
+
+
+def _is_cutlass(match: Any) -> bool:
+    """Whether an FP8 layer is one that vLLM gives to CUTLASS."""
+    weight = match.kwargs["weight"].meta["val"]
+    return weight.dtype == torch.float8_e4m3fn and weight.shape[0] % 16 == 0 and weight.shape[1] % 16 == 0
 
 
 def _is_behind_inductor(match: Any) -> bool:
