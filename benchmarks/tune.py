@@ -81,7 +81,7 @@ def stream_cuts(n: int, row_bytes: int, num_tokens: int, sms: int = 132) -> Iter
     for row_tiles, warps, stages in product((1, 2, 4), (8, 16), (3, 4, 6)):
         token_tiles = -(-num_tokens // 8)
         room = stages * 16 * (2048 + 64) + 512 * warps * row_tiles * token_tiles <= 220 << 10
-        fits = warps == 8 or row_tiles * token_tiles <= 4
+        fits = warps == 8 or row_tiles < 4
         if room and fits and (row_tiles == 1 or n > 8 * row_tiles * sms):
             yield Config(row_tiles, warps, 1, 0, stages)
 

@@ -20,7 +20,11 @@ CONFIGS = [
     for row_tiles, warps, cluster, chunks in itertools.product((1, 2, 4), (1, 3, 8), (1, 2, 4, 8), (0, 1, 3, 4))
     if not chunks or warps % chunks == 0
 ]
-STREAMS = [Config(*cut[:2], stages=cut[2]) for cut in itertools.product((1, 2, 4), (8, 16), (2, 3, 4))]
+STREAMS = [
+    Config(row_tiles, warps, stages=stages)
+    for row_tiles, warps, stages in itertools.product((1, 2, 4), (8, 16), (2, 3, 4))
+    if row_tiles * warps <= 32
+]
 
 
 def operands(case: SmallMCase, device: str = "cpu") -> dict[str, torch.Tensor]:
@@ -132,7 +136,7 @@ def test_every_cut_gives_the_result_and_the_same_bits_again(kind, num_tokens):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", ["fp8_block", "fp8", "int8", "bf16", "fp16"])
+@pytest.mark.parametrize("kind", ["fp8_block", "fp8", "int8", "bf16"])
 @pytest.mark.parametrize("n", [7, 1100, 4333])  # one row tile, one turn of a block, several
 @pytest.mark.parametrize("num_tokens", [1, 8, 9, 16])
 def test_every_way_of_streaming_gives_the_result_and_the_same_bits_again(kind, num_tokens, n):
@@ -142,8 +146,6 @@ def test_every_way_of_streaming_gives_the_result_and_the_same_bits_again(kind, n
         tensors["x"], tensors["x_scale"] = per_token_group_quant(tensors["x"])
     expected = call(case, {name: tensor.cpu() for name, tensor in tensors.items()}, out_dtype=FP32)
     for config, pdl in itertools.product(STREAMS, (False, True)):
-        if config.row_tiles == 4 and config.warps == 16 and num_tokens > 8:
-            continue
         out = call(case, tensors, out_dtype=FP32, config=config, pdl=pdl)
         assert_close(out, expected)
         assert torch.equal(out, call(case, tensors, out_dtype=FP32, config=config, pdl=pdl))

@@ -31,10 +31,12 @@ class Config(NamedTuple):
     megabytes. A block of the other, with `stages`, has a multiprocessor to itself and streams its part through buffers.
 
     row_tiles: rows of the weight that a block of threads takes at a time, in sixteens: 1, 2 or 4.
-    warps: of a block, 1 to 16 (8 where row_tiles * num_tokens is more than 32); they split K. With stages 8 or 16.
+    warps: of a block, 1 to 16 (8 where row_tiles * num_tokens is more than 32); they split K. With stages 8, or 16
+        with fewer than 4 row_tiles.
     cluster: blocks that split K, 1, 2, 4 or 8. Without meaning with stages, as is chunks.
     chunks: copies that a row of the weight comes in, through the bulk copy engine, a divisor of warps; 0 for cp.async.
-    stages: buffers, from 2 on, 0 for the first kernel. At most 16 tokens, weight rows a multiple of 128 bytes long.
+    stages: buffers, from 2 on, 0 for the first kernel. At most 16 tokens, weight rows a multiple of 128 bytes long, not
+        in float16.
     """
 
     row_tiles: int = 1

@@ -17,7 +17,7 @@ cudaError_t stream_gemm(const SmallMGemmParams& params, GemmFormat format, const
     case GemmFormat::kE4M3: return stream_gemm_format<GemmFormat::kE4M3>(params, config, stream);
     case GemmFormat::kInt8: return stream_gemm_format<GemmFormat::kInt8>(params, config, stream);
     case GemmFormat::kBFloat16: return stream_gemm_format<GemmFormat::kBFloat16>(params, config, stream);
-    case GemmFormat::kHalf: return stream_gemm_format<GemmFormat::kHalf>(params, config, stream);
+    case GemmFormat::kHalf:
     case GemmFormat::kNvFp4: break;
   }
   return cudaErrorInvalidValue;

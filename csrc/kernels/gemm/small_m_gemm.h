@@ -24,7 +24,9 @@ struct GemmConfig {
   int warps = 8;      // of a block; they split K
   int cluster = 1;    // blocks that split K
   int chunks = 0;     // copies that a row of w comes in, through the bulk copy engine; 0: cp.async
-  int stages = 0;     // not 0: stream_gemm.cuh with so many buffers, from 2 on; warps is 8 or 16, cluster and chunks have no meaning
+  // Not 0: stream_gemm.cuh with so many buffers, from 2 on. warps is 8, or 16 with fewer than 4 row_tiles; cluster and
+  // chunks have no meaning.
+  int stages = 0;
 };
 
 // y [m, n] = x [m, k] w [n, k]^T, scaled, + bias [n]. Strides in elements.

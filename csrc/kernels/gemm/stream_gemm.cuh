@@ -274,13 +274,14 @@ cudaError_t launch_stream_gemm(const SmallMGemmParams& p, const GemmConfig& conf
 
 template <GemmFormat kFormat, int kRowTiles>
 cudaError_t choose_stream_gemm(const SmallMGemmParams& p, const GemmConfig& config, cudaStream_t stream) {
-  if (p.m <= 8) {
-    if (config.warps == 8) return launch_stream_gemm<kFormat, kRowTiles, 1, 8>(p, config, stream);
-    if (config.warps == 16) return launch_stream_gemm<kFormat, kRowTiles, 1, 16>(p, config, stream);
-  } else {
-    if (config.warps == 8) return launch_stream_gemm<kFormat, kRowTiles, 2, 8>(p, config, stream);
-    if constexpr (kRowTiles < 4) {  // sixteen warps have too few registers for four
-      if (config.warps == 16) return launch_stream_gemm<kFormat, kRowTiles, 2, 16>(p, config, stream);
+  if (config.warps == 8) {
+    return p.m <= 8 ? launch_stream_gemm<kFormat, kRowTiles, 1, 8>(p, config, stream)
+                    : launch_stream_gemm<kFormat, kRowTiles, 2, 8>(p, config, stream);
+  }
+  if constexpr (kRowTiles < 4) {  // sixteen warps have too few registers for four
+    if (config.warps == 16) {
+      return p.m <= 8 ? launch_stream_gemm<kFormat, kRowTiles, 1, 16>(p, config, stream)
+                      : launch_stream_gemm<kFormat, kRowTiles, 2, 16>(p, config, stream);
     }
   }
   return cudaErrorInvalidValue;
