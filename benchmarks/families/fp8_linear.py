@@ -18,12 +18,12 @@ from benchmarks.families._common import (
     normal,
     vllm_op,
 )
+from benchmarks.families.fp8_tensor_gemm import WEIGHT_SCALE, X_SCALE, _output
 from vllm_b200_plugin import dispatch
 from vllm_b200_plugin.ops.small_m_gemm import Config, scaled_linear
 from vllm_b200_plugin.ops.token_quant import per_tensor_quant
 
 OP = "fp8_linear"
-X_SCALE, WEIGHT_SCALE = 2.0**-6, 2.0**-12
 cases = fp8_tensor_benchmarks
 
 
@@ -88,10 +88,6 @@ def torch_scaled_mm(case: GemmCase, seed: int) -> Run:
         torch._scaled_mm(per_tensor_quant(x, x_scale), weight.t(), x_scale, scale, out_dtype=torch.bfloat16, out=out)
 
     return Run(call, (out,))
-
-
-def _output(case: GemmCase) -> torch.Tensor:
-    return torch.empty(case.num_tokens, case.n, dtype=torch.bfloat16, device=families.device)
 
 
 IMPLEMENTATIONS: dict[str, Callable[[GemmCase, int], Run]] = {

@@ -258,9 +258,8 @@ __global__ void __launch_bounds__(32 * kWarps + 32, 1)
 
 template <GemmFormat kFormat, int kRowTiles, int kTokenTiles, int kWarps>
 cudaError_t launch_stream_gemm(const SmallMGemmParams& p, const GemmConfig& config, cudaStream_t stream) {
-  int device, sms;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
+  int sms;
+  cudaError_t error = count_sms(sms);
   if (error != cudaSuccess) return error;
   const auto kernel = stream_gemm_kernel<kFormat, kRowTiles, kTokenTiles, kWarps>;
   const StreamPlan plan = make_stream_plan(config, kTokenTiles, kFormat == GemmFormat::kE4M3Block, p.m, p.n,
