@@ -579,6 +579,8 @@ GATED_QUANT_OPS = {
     "silu_and_mul_quant": ("result", "input", "scale"),
     "persistent_masked_m_silu_mul_quant": ("input", "counts", "y_q", "y_s", "use_ue8m0"),
 }
+# Of _C::cutlass_scaled_mm, which a pass of ours puts into graphs.
+CUTLASS_ARGUMENTS = ("out", "a", "b", "a_scales", "b_scales", "bias")
 _NORM = ("result", "input", "weight", "scale", "epsilon")
 NORM_QUANT_OPS = {
     "rms_norm_per_block_quant": (*_NORM, "scale_ub", "residual", "group_size", "is_scale_transposed"),

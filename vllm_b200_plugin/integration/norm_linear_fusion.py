@@ -179,9 +179,8 @@ def _cutlass(layer: _Layer) -> _Pair:
         if x.dtype != weight.dtype:
             x, scale = _quantised(x, scale)
         out = torch.empty((x.shape[0], weight.shape[1]), dtype=out_dtype, device=x.device)
-        scales = {"a_scales": scale, "b_scales": weight_scale}
-        op = torch.ops._C.cutlass_scaled_mm.default
-        return auto_functionalized(op, out=out, a=x, b=weight, **scales, bias=bias)[1]
+        arguments = zip(vllm_compat.CUTLASS_ARGUMENTS, (out, x, weight, scale, weight_scale, bias), strict=True)
+        return auto_functionalized(torch.ops._C.cutlass_scaled_mm.default, **dict(arguments))[1]
 
     return _alone(layer), _with_parameters(replace, ("x", *layer.inputs))
 
