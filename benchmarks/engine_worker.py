@@ -1,7 +1,8 @@
 """One vLLM engine with dummy weights in a process of its own, driven by JSON lines on stdin.
 
-Commands: {"batch": 8, "rounds": 3} measures, {"profile": 1, "steps": 16} lists the kernels of a decode step. Every
-answer is one JSON line on the file descriptor given as the first argument, so that logs cannot mix with it.
+Commands: {"batch": 8, "rounds": 3} measures, {"prefill": 8192} times the first token of one such prompt, {"profile": 1,
+"steps": 16} lists the kernels of a decode step. Every answer is one JSON line on the file descriptor given as the first
+argument, so that logs cannot mix with it.
 """
 
 import collections
@@ -40,12 +41,13 @@ class Worker:
         if self.cuda:
             self.torch.cuda.synchronize()
 
-    def generate(self, batch: int, tokens: int) -> float:
+    def generate(self, batch: int, tokens: int, input_len: int | None = None) -> float:
         """Seconds to generate `tokens` tokens greedily for `batch` prompts of random tokens."""
         from vllm import SamplingParams
 
         generator = self.torch.Generator().manual_seed(batch)
-        prompts = self.torch.randint(*self.token_ids, (batch, self.input_len), generator=generator).tolist()
+        size = (batch, input_len or self.input_len)
+        prompts = self.torch.randint(*self.token_ids, size, generator=generator).tolist()
         parameters = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
         self.synchronize()
         start = time.perf_counter()
@@ -61,6 +63,10 @@ class Worker:
             tpot.append((self.generate(batch, 1 + DECODE_STEPS) - statistics.median(firsts)) / DECODE_STEPS * 1e3)
             ttft += [first * 1e3 for first in firsts]
         return {"batch": batch, "tpot_ms": tpot, "ttft_ms": ttft}
+
+    def prefill(self, tokens: int) -> dict[str, Any]:
+        self.generate(1, 1, tokens)
+        return {"prefill": tokens, "ttft_ms": [self.generate(1, 1, tokens) * 1e3 for _ in range(PREFILLS)]}
 
     def profile(self, batch: int, steps: int) -> dict[str, Any]:
         """Microseconds and launches per decode step and kernel: a run of 2 * steps less one of steps tokens.
@@ -100,6 +106,8 @@ def main() -> None:
         command = json.loads(line)
         if "profile" in command:
             answer = worker.profile(command["profile"], command["steps"])
+        elif "prefill" in command:
+            answer = worker.prefill(command["prefill"])
         else:
             answer = worker.measure(command["batch"], command["rounds"])
         print(json.dumps(answer), file=answers)

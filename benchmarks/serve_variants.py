@@ -51,14 +51,13 @@ def split(text: str) -> list[str]:
     return [name for name in map(str.strip, text.split(",")) if name]
 
 
-def ablation(names: Iterable[str]) -> list[Variant]:
-    """All of `names`, each alone, and all but each; a set that comes twice is measured once."""
+def ablation(names: Iterable[str], all_but: bool = True) -> list[Variant]:
+    """All of `names`, each alone, and, with all_but, all but each; a set that comes twice is measured once."""
     every = tuple(sorted(names))
     variants = [Variant("plugin", every, "all")]
     variants += [Variant("plugin", (name,), f"only {name}") for name in every]
-    variants += [
-        Variant("plugin", tuple(other for other in every if other != name), f"all but {name}") for name in every
-    ]
+    if all_but:
+        variants += [Variant("plugin", tuple(x for x in every if x != name), f"all but {name}") for name in every]
     distinct: dict[tuple[str, ...], Variant] = {}
     for variant in variants:
         if variant.features:

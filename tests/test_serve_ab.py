@@ -31,13 +31,14 @@ class FakeEngine:
     """Twice as fast with the plugin as without; `dies_at`: the question at which it is interrupted."""
 
     started: ClassVar[list["FakeEngine"]] = []
+    most: ClassVar[int] = 2
     dies_at: int | None = None
 
     def __init__(self, variant, model, options, cache, log) -> None:
         self.variant, self.log, self.options, self.cache = variant, log, options, cache
         self.ready: dict[str, Any] = {}
         self.stopped = False
-        assert sum(not engine.stopped for engine in self.started) < 2, "more than two engines at once"
+        assert sum(not engine.stopped for engine in self.started) < self.most, "more engines at once than asked for"
         self.started.append(self)
 
     def wait_ready(self) -> None:
@@ -52,6 +53,8 @@ class FakeEngine:
         fast = 0.5 if self.variant.features else 1.0
         if "profile" in command:
             return {"batch": 1, "kernels": [{"kernel": "void a::gemm<1, 2>(int)", "us": 20.0 * fast, "launches": 4.0}]}
+        if "prefill" in command:
+            return {"ttft_ms": [100.0 * fast]}
         return {"tpot_ms": [2.0 * fast], "ttft_ms": [10.0]}
 
     def stop(self) -> None:
@@ -62,6 +65,7 @@ class FakeEngine:
 def fakes(monkeypatch: pytest.MonkeyPatch) -> type[FakeEngine]:
     monkeypatch.setattr(FakeEngine, "started", [])
     monkeypatch.setattr(FakeEngine, "dies_at", None)
+    monkeypatch.setattr(FakeEngine, "most", 2)
     monkeypatch.setattr(serve_ab, "Engine", FakeEngine)
     monkeypatch.setattr(serve_ab, "check_vllm", lambda: None)
     monkeypatch.setattr(serve_ab, "has_entry_point", lambda: True)
@@ -102,6 +106,8 @@ def test_a_prompt_is_one_step() -> None:
     config = {"vocab_size": 1024}
     long = serve_ab.engine_options(serve_ab.parse_arguments([TINY, "--batch", "1", "--input-len", "8192"]), config)
     assert long["max_num_batched_tokens"] == 8192 and long["max_model_len"] >= 8192 + 129
+    prefill = serve_ab.engine_options(serve_ab.parse_arguments([TINY, "--prefill", "8192"]), config)
+    assert prefill["max_num_batched_tokens"] == 8192 and prefill["input_len"] == 128
     short = serve_ab.engine_options(serve_ab.parse_arguments([TINY]), config)
     assert short["max_model_len"] == 4096 and "max_num_batched_tokens" not in short
 
@@ -140,6 +146,7 @@ def test_ablation_sets() -> None:
     ]
     assert [v.name for v in serve_variants.ablation(["a", "b"])] == ["all", "only a", "only b"], "all but a is only b"
     assert [v.name for v in serve_variants.ablation(["a"])] == ["all"]
+    assert [v.name for v in serve_variants.ablation(["a", "b", "c"], all_but=False)][3:] == ["only c"]
     assert serve_variants.ablation([]) == []
 
 
@@ -155,6 +162,18 @@ def test_ablation_run(fakes, tmp_path: Path, capsys) -> None:
     assert len(fakes.started) == 1 + len(expected), "stock stays, the other changes"
     assert f"only {applied[0]}" in capsys.readouterr().out
     assert ablation_table(lines).count("2.0000") == len(expected)
+
+
+def test_ablation_with_more_engines_at_once(fakes, tmp_path: Path, capsys) -> None:
+    fakes.most = 3
+    some = ["--features", "fp8_block_linear,router_gate,cache_ops", "--prefill", "8192", "--engines", "3"]
+    code, lines = run(tmp_path, "--batch", "1", "--feature-ablation", "alone", *some)
+    assert code == 0
+    variants = [line["variant"] for line in lines if "tpot_ratio" in line]
+    assert variants == ["all", "only cache_ops", "only fp8_block_linear", "only router_gate"]
+    assert [line["ttft_ratio"] for line in lines if "prefill" in line and "ttft_ratio" in line] == [2.0] * 4
+    assert all(engine.stopped for engine in fakes.started) and len(fakes.started) == 5
+    assert "prefill 8192" in capsys.readouterr().out
 
 
 def test_interrupt_keeps_what_was_measured(fakes, tmp_path: Path, capsys) -> None:
@@ -174,6 +193,7 @@ def test_interrupt_keeps_what_was_measured(fakes, tmp_path: Path, capsys) -> Non
         ([TINY, "--features", ","], "no feature is switched on"),
         ([TINY, "--server", "fast"], "unknown preset fast; known: low-latency, short, burst, prefill-free."),
         ([TINY, "--server", "short", "--profile"], "--server takes neither"),
+        ([TINY, "--engines", "1"], "--engines takes 2 and more: stock and one to compare it with; got 1."),
         ([TINY, "--layers", "3"], "--layers takes 1 to 2 for tiny-qwen3-moe-bf16; got 3."),
         ([TINY, "--batch", "0"], "take numbers from 1"),
         ([TINY, "--out", "no/such/folder/x"], "there is no such folder"),
