@@ -90,7 +90,7 @@ FEATURES: tuple[Feature, ...] = (
     ),
     Feature(
         name="moe_align_ops",
-        changes="vLLM's own ops that sort tokens by expert and sum over a token's experts, wherever vLLM calls them",
+        changes="vLLM's own ops that sort tokens by expert, wherever vLLM calls them",
         needs="the CUDA library, compute capability 9.0, 10.0, 10.3 or 12.0",
         module="vllm_b200_plugin.integration.moe_align_ops",
         after="vllm._custom_ops",

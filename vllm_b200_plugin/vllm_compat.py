@@ -566,7 +566,6 @@ MOE_ALIGN_OPS = {
         "experts_ids",
         "num_tokens_post_pad",
     ),
-    "moe_sum": ("input", "output", "topk_ids", "expert_map"),
 }
 TOKEN_QUANT_OPS = {
     "dynamic_per_token_scaled_fp8_quant": ("result", "input", "scale", "scale_ub"),
