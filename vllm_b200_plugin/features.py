@@ -210,6 +210,14 @@ FEATURES: tuple[Feature, ...] = (
         after="vllm.model_executor.model_loader.base_loader",
     ),
     Feature(
+        name="nvfp4_moe_padding",
+        changes="NVFP4 experts whose share of a tensor-parallel rank needs padding, on vLLM's CUTLASS back end and "
+        "FlashInfer's, where vLLM refuses the model",
+        needs="nothing",
+        module="vllm_b200_plugin.integration.nvfp4_moe_padding",
+        after="vllm.model_executor.layers.fused_moe.oracle.nvfp4",
+    ),
+    Feature(
         name="cpu_nvfp4_linear",
         changes="NVFP4 linear layers on CPU: vLLM's emulation, which it offers on GPUs alone",
         needs="vLLM's CPU platform",
