@@ -58,16 +58,22 @@ def test_one_call(monkeypatch):
     monkeypatch.setattr(cutlass_moe, "ops", stub(launches))
     bf16, uint8 = torch.bfloat16, torch.uint8
     scale = torch.ones(EXPERTS)
-    tensors = dict(
-        output=torch.empty(TOKENS, HIDDEN, dtype=bf16), a=torch.zeros(TOKENS, HIDDEN, dtype=bf16), a1_gscale=scale,
-        w1_fp4=torch.zeros(EXPERTS, 2 * SIZE, HIDDEN // 2, dtype=uint8), w1_alphas=scale, a2_gscale=scale,
-        w1_blockscale=torch.zeros(EXPERTS, 2 * SIZE, HIDDEN // 16), w2_alphas=scale,
-        w2_fp4=torch.zeros(EXPERTS, HIDDEN, SIZE // 2, dtype=uint8),
-        w2_blockscale=torch.zeros(EXPERTS, HIDDEN, SIZE // 16),
-        topk_weights=torch.rand(TOKENS, TOPK), topk_ids=torch.zeros(TOKENS, TOPK, dtype=torch.int32),
-        workspace13=torch.zeros(TOKENS * TOPK, 2 * HIDDEN, dtype=bf16),
-        workspace2=torch.zeros(TOKENS * TOPK, HIDDEN, dtype=bf16),
-    )  # fmt: skip
+    tensors = {
+        "output": torch.empty(TOKENS, HIDDEN, dtype=bf16),
+        "a": torch.zeros(TOKENS, HIDDEN, dtype=bf16),
+        "a1_gscale": scale,
+        "w1_fp4": torch.zeros(EXPERTS, 2 * SIZE, HIDDEN // 2, dtype=uint8),
+        "w1_alphas": scale,
+        "a2_gscale": scale,
+        "w1_blockscale": torch.zeros(EXPERTS, 2 * SIZE, HIDDEN // 16),
+        "w2_alphas": scale,
+        "w2_fp4": torch.zeros(EXPERTS, HIDDEN, SIZE // 2, dtype=uint8),
+        "w2_blockscale": torch.zeros(EXPERTS, HIDDEN, SIZE // 16),
+        "topk_weights": torch.rand(TOKENS, TOPK),
+        "topk_ids": torch.zeros(TOKENS, TOPK, dtype=torch.int32),
+        "workspace13": torch.zeros(TOKENS * TOPK, 2 * HIDDEN, dtype=bf16),
+        "workspace2": torch.zeros(TOKENS * TOPK, HIDDEN, dtype=bf16),
+    }
     with launches:
         cutlass_moe.run_cutlass_moe_fp4(
             **tensors, activation=MoEActivation.SILU, m=TOKENS, n=SIZE, k=HIDDEN, e=EXPERTS, device=torch.device("cpu")
