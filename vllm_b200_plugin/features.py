@@ -175,16 +175,14 @@ FEATURES: tuple[Feature, ...] = (
         needs="the CUDA library, compute capability 9.0; fp8_block_linear, fp8_linear or int8_linear",
         module="vllm_b200_plugin.integration.norm_linear_fusion",
         after="vllm.compilation.passes.pass_manager",
-        trial=True,
     ),
     Feature(
         name="few_token_graphs",
-        changes="models with quantised layers: a compiled graph of its own for steps of up to 16 tokens, to which "
+        changes="FP8 and INT8 models on Hopper: a compiled graph of its own for steps of up to 16 tokens, to which "
         "norm_linear_fusion then keeps",
-        needs="a second compilation when a model starts for the first time",
+        needs="compute capability 9.0; a second compilation when a model starts for the first time",
         module="vllm_b200_plugin.integration.few_token_graphs",
         after="vllm.config.vllm",
-        trial=True,
     ),
     Feature(
         name="cpu_fp8_moe",
