@@ -1,7 +1,7 @@
-"""Feature few_token_graphs: a compiled graph of its own for steps of few tokens, where norm_linear_fusion may find layers.
+"""Feature few_token_graphs: a compiled graph of its own for steps of few tokens, in models for norm_linear_fusion.
 
-norm_linear_fusion then works in that graph alone, and steps of more tokens keep torch.compile's kernels and vLLM's
-GEMM. vLLM compiles two graphs in place of one when a model starts for the first time.
+That works in this graph alone then, and steps of more tokens keep torch.compile's kernels and vLLM's GEMM. vLLM
+compiles two graphs in place of one when a model starts for the first time.
 """
 
 from typing import Any
