@@ -13,8 +13,11 @@ namespace vllm_b200 {
 namespace {
 
 struct Device {
-  int sms, shared_per_block;
+  int sms, shared_per_block, shared_per_sm;
 };
+
+// Buffers that a thread has on their way. More take no less time and keep others' requests waiting.
+constexpr int kAhead = 2;
 
 cudaError_t this_device(Device& device) {
   int index = 0;
@@ -24,6 +27,7 @@ cudaError_t this_device(Device& device) {
   };
   get(device.sms, cudaDevAttrMultiProcessorCount);
   get(device.shared_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  get(device.shared_per_sm, cudaDevAttrMaxSharedMemoryPerMultiprocessor);
   return error;
 }
 
@@ -38,18 +42,19 @@ int tokens_of_a_launch(FewTokensMoeParams p, const Device& device) {
   return p.num_tokens;
 }
 
-// Buffers of a ring. Measured on an H200 with experts of 2048x768: more do not help, fewer leave the memory idle.
+// Buffers of a ring. Measured on an H200 with experts of 2048x768: more do not help, fewer leave the memory idle. Where
+// both teams take turns with them, each gets as many.
 template <typename Layout>
-int choose_stages(const FewTokensMoeParams& p, const Device& device) {
+int choose_stages(const FewTokensMoeParams& p, int shared_bytes, bool in_turns) {
   int stages = 2 * kTeams;
-  while (stages > 1 && Layout(p, stages).end > device.shared_per_block) stages /= 2;
+  while (stages > 1 && Layout(p, stages).end > shared_bytes) stages = in_turns ? stages / 2 : stages - 1;
   return stages;
 }
 
 template <typename Layout>
 cudaError_t launch(void (*kernel)(FewTokensMoeParams, int), const FewTokensMoeParams& p, int blocks, int threads,
-                   bool pdl, const Device& device, cudaStream_t stream) {
-  const int stages = choose_stages<Layout>(p, device), bytes = Layout(p, stages).end;
+                   bool pdl, int stages, const Device& device, cudaStream_t stream) {
+  const int bytes = Layout(p, stages).end;
   if (bytes > device.shared_per_block) return cudaErrorInvalidValue;
   const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) return error;
@@ -58,20 +63,31 @@ cudaError_t launch(void (*kernel)(FewTokensMoeParams, int), const FewTokensMoePa
 
 template <Scales kScales, int kSets>
 cudaError_t launch_both(const FewTokensMoeParams& p, const Device& device, cudaStream_t stream) {
+  using GateUp = GateUpLayout<kScales>;
+  using Down = DownLayout<kScales>;
   const int tiles = p.num_tokens * p.top_k * (p.intermediate_size / (kRows / 2));  // at most
-  const cudaError_t error =
-      launch<GateUpLayout<kScales>>(gate_up_kernel<kScales, kSets>, p, std::clamp(tiles, 1, device.sms),
-                                    kGateUpThreads + 32, p.pdl, device, stream);
+  const bool plain = p.activation == Activation::kSilu && p.w13_bias == nullptr && !p.interleaved;
+  const bool chunked = GateUp(p, 1).rows.chunks > 1;
+  const cudaError_t error = launch<GateUp>(
+      plain ? gate_up_kernel<kScales, kSets, false> : gate_up_kernel<kScales, kSets, true>, p,
+      std::clamp(tiles, 1, device.sms), kGateUpThreads + 32, p.pdl,
+      choose_stages<GateUp>(p, device.shared_per_block, !chunked), device, stream);
   if (error != cudaSuccess) return error;
-  return launch<DownLayout<kScales>>(down_kernel<kScales, kSets>, p, p.hidden_size / kRows,
-                                     32 * kTeams * (DownRows<kScales>(p.intermediate_size).team_warps() + 1), true,
-                                     device, stream);
+  // Two blocks of one team share a multiprocessor: of one with two a first round would leave the last with few.
+  const int shared_bytes = p.down_teams == 1 ? device.shared_per_sm / 2 - 1024 : device.shared_per_block;
+  const int stages = choose_stages<Down>(p, shared_bytes, p.down_teams > 1);
+  return launch<Down>(down_kernel<kScales, kSets>, p, p.hidden_size / kRows,
+                      32 * p.down_teams * (DownRows<kScales>(p.intermediate_size).team_warps() + 1), true, stages,
+                      device, stream);
 }
 
 template <Scales kScales>
-cudaError_t launch_all(const FewTokensMoeParams& params, cudaStream_t stream) {
+cudaError_t launch_all(FewTokensMoeParams params, cudaStream_t stream) {
   Device device = {};
   cudaError_t error = this_device(device);
+  // By the layer alone: it says in which order a row's sum runs.
+  params.down_teams = params.hidden_size / kRows > device.sms ? 1 : kTeams;
+  params.ahead = kAhead;
   const int tokens = tokens_of_a_launch<kScales>(params, device);
   const bool whole = params.format == ExpertFormat::kFp8Tensor && (!params.x_scale || !params.hidden_scale);
   if (error == cudaSuccess && whole && params.num_tokens > tokens) return cudaErrorInvalidValue;

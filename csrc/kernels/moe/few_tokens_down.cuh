@@ -29,39 +29,40 @@ struct DownLayout {
   static __host__ __device__ constexpr int slots(int sets) { return 16 * sets; }
 
   __host__ __device__ DownLayout(const FewTokensMoeParams& p, int stages) : rows(p.intermediate_size) {
-    const int count = p.num_tokens * p.top_k, warps = kTeams * rows.team_warps();
+    const int count = p.num_tokens * p.top_k, warps = p.down_teams * rows.team_warps();
     const int sets = p.num_tokens > kTileTokens ? 2 : 1, entries = p.num_experts < count ? p.num_experts : count;
     const int places = F::kQuantised ? slots(sets) * warps : 0;
-    assignments = kTeams * Ring::barrier_bytes(stages);
+    assignments = p.down_teams * Ring::barrier_bytes(stages);
     w_scales = round_up(assignments + Assignments::bytes(p), 16);
     x_scales = w_scales + 4 * entries * (F::kBlocks ? rows.largest() : F::kRowScales ? kRows : 0);
     maxima = x_scales + 4 * places;
     activations = round_up(maxima + (F::kRowScales ? 4 * (count + kTeams) : 0), 16);
     ring = round_up(activations + (F::kQuantised ? kBlockBytes * places : 512 * sets * warps), 128);
-    end = ring + kTeams * stages * rows.stage_bytes();
+    end = ring + p.down_teams * stages * rows.stage_bytes();
   }
 };
 
-// The largest of a row of gate_up_kernel's maxima, in bf16: lanes of four share a row. The whole warp calls it.
-__device__ __forceinline__ uint32_t largest_of(const FewTokensMoeParams& p, int place, bool valid) {
+// The largest of a row of gate_up_kernel's maxima, in bf16, which `lanes`, four or all, share. The whole warp calls it.
+__device__ __forceinline__ uint32_t largest_of(const FewTokensMoeParams& p, int place, bool valid, int lanes) {
   const int words = p.intermediate_size / (kRows / 2) / 8;
   const uint4* const row = static_cast<const uint4*>(p.maxima) + place * words;
   uint32_t two = 0;
   if (valid) {
 #pragma unroll 4
-    for (int i = threadIdx.x % 4; i < words; i += 4) {
+    for (int i = threadIdx.x % lanes; i < words; i += lanes) {
       const uint4 eight = row[i];
       two = __vmaxu2(two, __vmaxu2(__vmaxu2(eight.x, eight.y), __vmaxu2(eight.z, eight.w)));
     }
   }
-  two = __vmaxu2(two, __shfl_xor_sync(kFullWarp, two, 1));
-  two = __vmaxu2(two, __shfl_xor_sync(kFullWarp, two, 2));
+  for (int distance = 1; distance < lanes; distance *= 2) {
+    two = __vmaxu2(two, __shfl_xor_sync(kFullWarp, two, distance));
+  }
   return max(two >> 16, two & 0xffff);
 }
 
-// A block owns 16 columns of the output. One team takes the experts of even numbers, the other those of odd ones, in
-// their order, so that a row's sum runs in one order whatever else is in the batch. It starts where blocks of
-// gate_up_kernel have ended, and fetches its first weights.
+// A block owns 16 columns of the output. One team takes the experts of even numbers, the other those of odd ones, or
+// the only one all of them, in their order, so that a row's sum runs in one order whatever else is in the batch. It
+// starts where blocks of gate_up_kernel have ended, and fetches its first weights.
 template <Scales kScales, int kSets>
 __global__ void __maxnreg__(kDownRegisters) down_kernel(const __grid_constant__ FewTokensMoeParams p, int stages) {
   using F = Format<kScales>;
@@ -73,7 +74,7 @@ __global__ void __maxnreg__(kDownRegisters) down_kernel(const __grid_constant__ 
   const Layout layout(p, stages);
   const DownRows<kScales> rows = layout.rows;
   // After the warps that multiply comes one for each team that fetches.
-  const int team_warps = rows.team_warps(), warps = kTeams * team_warps, threads = 32 * warps;
+  const int team_warps = rows.team_warps(), warps = p.down_teams * team_warps, threads = 32 * warps;
   const int team = warp < warps ? warp / team_warps : warp - warps, member = warp - team * team_warps;
   Ring ring = {shared_address(shared + layout.ring) + team * stages * rows.stage_bytes(),
                shared_address(shared) + team * Ring::barrier_bytes(stages), stages, rows.stage_bytes()};
@@ -89,11 +90,12 @@ __global__ void __maxnreg__(kDownRegisters) down_kernel(const __grid_constant__ 
   // whose blocks let this one start after they had waited for all kernels before: what those wrote is here.
   assignments.collect<true>(p);
   const int row = blockIdx.x * kRows;
-  const int begin = team == 0 ? 0 : assignments.even(), end = team == 0 ? assignments.even() : assignments.size();
+  const int begin = team == 0 ? 0 : assignments.even();
+  const int end = team + 1 == p.down_teams ? assignments.size() : assignments.even();
 
   if (warp >= warps) {
     if (!elect_lane()) return;
-    WeightStream weights(ring);
+    WeightStream weights(ring, p.ahead);
     const int pitch = p.intermediate_size * sizeof(Value);
 #pragma unroll 1
     for (int chunk = 0; chunk < rows.chunks; ++chunk) {
@@ -111,6 +113,27 @@ __global__ void __maxnreg__(kDownRegisters) down_kernel(const __grid_constant__ 
   const int places = end > begin ? assignments[end - 1].end() : 0;
   const bool given = !F::kTokens && p.hidden_scale != nullptr;  // the scale of hidden activations
   float sum[kSets][4] = {};
+  if (p.w2_bias != nullptr) {
+    // An expert's is always the same warp's, so that here, too, a row's sum runs in one order.
+#pragma unroll 1
+    for (int at = begin; at < end; ++at) {
+      const Entry entry = assignments[at];
+      if (entry.expert / kTeams % team_warps != member) continue;
+      const Bf16* const bias = static_cast<const Bf16*>(p.w2_bias) + int64_t{entry.expert} * p.hidden_size + row + group;
+      const float upper = __bfloat162float(bias[0]), lower = __bfloat162float(bias[kRows / 2]);
+#pragma unroll
+      for (int set = 0; set < kSets; ++set) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const int token = 8 * set + 2 * quad + i;
+          if (!entry.has(token)) continue;
+          const float weight = assignments.weight(entry.place(token));
+          sum[set][i] += weight * upper;
+          sum[set][i + 2] += weight * lower;
+        }
+      }
+    }
+  }
   if constexpr (F::kQuantised) {
     float* const x_scales = reinterpret_cast<float*>(shared + layout.x_scales) + warp * kSlots;
     uint8_t* const quantised = shared + layout.activations + warp * kSlots * kBlockBytes;
@@ -149,10 +172,11 @@ __global__ void __maxnreg__(kDownRegisters) down_kernel(const __grid_constant__ 
           // The maximum of all tokens is over both teams' places.
           const int first = F::kTokens ? ready : 0;
           const int last = F::kTokens || assignments.size() == 0 ? places : assignments[assignments.size() - 1].end();
-          for (int i = first + 8 * member; i < last; i += 8 * team_warps) {
-            const int place = i + group;
-            const uint32_t bits = largest_of(p, place, place < last) << 16;
-            if (quad == 0 && place < last) {
+          const int lanes = last - first <= team_warps ? 32 : 4, places_at_once = 32 / lanes;
+          for (int i = first + places_at_once * member; i < last; i += places_at_once * team_warps) {
+            const int place = i + lane / lanes;
+            const uint32_t bits = largest_of(p, place, place < last, lanes) << 16;
+            if (lane % lanes == 0 && place < last) {
               if (F::kTokens) {
                 maxima[kTeams + place] = bits;
               } else {
