@@ -6,15 +6,19 @@ import torch
 from test_moe_experts import DEVICES, difference, gated, in_float64, make, run
 
 from benchmarks.cases.moe import FewTokensCase
-from vllm_b200_plugin.ops.moe_few_tokens import few_tokens_moe, few_tokens_refusal, scratch_elements
 from vllm_b200_plugin.ops.moe_few_tokens import ExpertFormat as Format
+from vllm_b200_plugin.ops.moe_few_tokens import few_tokens_moe, few_tokens_refusal, scratch_elements
 
 GPT_OSS = FewTokensCase(5, 9, 4, 192, 320, format="bf16", activation="gpt_oss", biases=True)
 # More blocks of 16 columns than an H100 or H200 has multiprocessors.
 WIDE = FewTokensCase(7, 9, 4, 4096, 256, format="bf16", activation="gpt_oss", biases=True)
 BIASED = [
     FewTokensCase(6, 9, 4, 384, 256, format=format, activation=activation, biases=True)
-    for format, activation in (("fp8_block", "silu"), ("fp8_token-channel", "gelu"), ("int8_token-channel", "gelu_tanh"))
+    for format, activation in (
+        ("fp8_block", "silu"),
+        ("fp8_token-channel", "gelu"),
+        ("int8_token-channel", "gelu_tanh"),
+    )
 ]
 EACH_DEVICE = pytest.mark.parametrize("device", DEVICES)
 EACH_CASE = pytest.mark.parametrize("case", [GPT_OSS, WIDE, *BIASED], ids=str)

@@ -148,7 +148,8 @@ small = len(seen)
 run(limit + 1)
 limited = layer(moe_backend="triton", swiglu_limit=0.5, has_bias=True)
 biases = torch.randn(E, 2 * I, generator=rng).bfloat16(), torch.randn(E, H, generator=rng).bfloat16()
-more = dict(k=kernel(limited, biases=biases), activation="silu_clamped", limit=0.5, w13_bias=biases[0], w2_bias=biases[1])
+more = dict(k=kernel(limited, biases=biases), activation="silu_clamped", limit=0.5,
+    w13_bias=biases[0], w2_bias=biases[1])
 for on_input in (False, True):
     out, expected = run(3, on_input=on_input, topk=1 if on_input else K, **more)
     same[f"limit and biases {on_input}"] = bool(torch.equal(out, expected)) and not torch.equal(out, run(3)[0])

@@ -36,8 +36,6 @@ struct Format {
   static constexpr bool kQuantised = kScales != Scales::kNone;
   using Value = std::conditional_t<kInt8, int8_t, std::conditional_t<kQuantised, Fp8, Bf16>>;
   static constexpr int kBlock = kBlockBytes / sizeof(Value);  // columns
-  // Of a row of w2, that a warp of down_kernel has in hand at once.
-  static constexpr int kWarpBlocks = kQuantised ? 1 : 2;
 };
 
 __host__ __device__ constexpr int round_up(int value, int multiple) {

@@ -50,7 +50,7 @@ struct FewTokensMoeParams {
   Activation activation;  // not kNone; of the two halves of the first product, each rounded to bf16
   ActivationParams activation_params;
   bool interleaved;  // w13's rows take turns: one of the gate's, one of the other factor's
-  int32_t down_teams, ahead;  // few_tokens_moe() sets them
+  int32_t ahead;  // few_tokens_moe() sets it
   bool pdl;       // launch the first kernel with programmatic stream serialization
 };
 
