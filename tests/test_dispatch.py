@@ -117,13 +117,22 @@ def test_imports_no_vllm():
     assert done.stdout.strip() == "False"
 
 
-@pytest.mark.parametrize("hidden_size, intermediate_size, limit", [(2048, 768, 16), (2048, 384, 16)])
+@pytest.mark.parametrize("hidden_size, intermediate_size, limit", [(2048, 768, 16), (2048, 384, 16), (7168, 2048, 8)])
 def test_experts_for_few_tokens_end_at_the_limit(hidden_size, intermediate_size, limit):
     layer = (8, 128, hidden_size, intermediate_size, (9, 0))
     assert dispatch.few_tokens_limit(*layer) == limit
     assert dispatch.few_tokens_moe(limit, *layer).kernel == dispatch.FEW_TOKENS
     beyond = dispatch.few_tokens_moe(limit + 1, *layer)
     assert beyond.kernel == VLLM and f"{limit} at most" in beyond.reason
+
+
+def test_large_experts_for_few_tokens_by_format():
+    def limit(topk, format):
+        return dispatch.few_tokens_limit(topk, 8, 4096, 14336, (9, 0), format)
+
+    assert limit(2, "fp8_tensor") == 8 and limit(1, "fp8_tensor") == 0
+    assert limit(4, "bf16") == limit(4, "fp8_block") == 8 and limit(2, "bf16") == limit(2, "fp8_block") == 0
+    assert limit(8, "fp8_token") == limit(8, "int8_token") == 0
 
 
 @pytest.mark.parametrize("topk, capability, words", [(2, (9, 0), "2 experts"), (8, (10, 0), "9.0 alone")])

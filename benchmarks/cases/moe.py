@@ -195,6 +195,8 @@ def fused_experts_benchmarks() -> Iterator[FusedExpertsCase]:
         yield FusedExpertsCase(num_tokens, 8, 4096, 14336, "fp8_tensor-expert-given", 2)  # Mixtral 8x7B
     for num_tokens in (1, 8):
         yield FusedExpertsCase(num_tokens, 8, 4096, 14336, "fp8_tensor-expert", 2)
+        yield FusedExpertsCase(num_tokens, 128, 4096, 1536)  # Qwen3-235B-A22B
+        yield FusedExpertsCase(num_tokens, 128, 4096, 1536, "fp8_token-channel")
         yield FusedExpertsCase(num_tokens, 128, 2816, 704, "bf16", activation="gelu_tanh")  # Gemma 4 26B-A4B
         yield FusedExpertsCase(num_tokens, 128, 2048, 768, activation="silu_clamped")
     for format in ("bf16", "fp8_token-channel", "fp8_tensor-expert", "fp8_tensor-expert-given", "int8_token-channel"):
