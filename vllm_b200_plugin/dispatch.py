@@ -40,11 +40,11 @@ PLAIN_SCALES_BELOW = 32
 # channels and tokens 19 against 27, 105 against 116, and 54 and 147 of vLLM's CUTLASS; FP8 with one scale for all
 # activations 19 against 34, 101 against 123, given 18 against 26, 100 against 115. INT8 was not measured beside vLLM's.
 FEW_TOKENS_MOE = {"fp8_block": 16, "fp8_token": 16, "fp8_tensor": 16, "int8_token": 0, "bf16": 16}
-# Experts of more weights than LARGE_EXPERT_WEIGHTS, in one run with those (fused_experts_large.jsonl), with one, eight and
-# 16 tokens: DeepSeek-V3's 256 of 7168x2048, 8 a token, in FP8 blocks 102 us against 115, 563 against 660, 1228 against
-# 1040; gpt-oss-120b's 128 of 2880x2880, 4 a token, in bf16 52 against 63, 324 against 376, 600 against 602; Mixtral's 8 of
-# 4096x14336, 2 a token, in FP8 with given scales of activations 87 against 116, 288 against 320 of CUTLASS, 407 against
-# 360.
+# Experts of more weights than LARGE_EXPERT_WEIGHTS, with one, eight and 16 tokens (fused_experts_large.jsonl):
+# DeepSeek-V3's 256 of 7168x2048, 8 a token, in FP8 blocks 102 us against 115, 563 against 660, 1228 against 1040;
+# gpt-oss-120b's 128 of 2880x2880, 4 a token, in bf16 52 against 63, 324 against 376, 600 against 602; Mixtral's 8 of
+# 4096x14336, 2 a token, in FP8 with given scales of activations 87 against 116, 288 against 320 of CUTLASS, 407
+# against 360.
 LARGE_EXPERT_WEIGHTS = 8 << 20
 FEW_TOKENS_LARGE = {"fp8_block": 8, "fp8_token": 0, "fp8_tensor": 8, "int8_token": 0, "bf16": 8}
 MIN_TOPK = 4
