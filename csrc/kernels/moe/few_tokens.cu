@@ -16,9 +16,8 @@ struct Device {
   int sms, shared_per_block, shared_per_sm;
 };
 
-// Buffers that a thread has on their way. More take no less time and keep others' requests waiting, but for the rows of
-// w13 that come in pieces of 2 KiB.
-constexpr int kAhead = 2, kPiecesAhead = 3;
+// Buffers that a thread has on their way. More take no less time and keep others' requests waiting.
+constexpr int kAhead = 2;
 
 cudaError_t this_device(Device& device) {
   int index = 0;
@@ -76,10 +75,8 @@ cudaError_t launch_both(const FewTokensMoeParams& p, const Device& device, cudaS
   const int tiles = p.num_tokens * p.top_k * (p.intermediate_size / (kRows / 2));  // at most
   const bool plain = p.activation == Activation::kSilu && p.w13_bias == nullptr && !p.interleaved;
   const bool whole_rows = GateUp(p, 1).rows.chunks == 1;
-  FewTokensMoeParams gate_up = p;
-  gate_up.ahead = whole_rows ? kAhead : kPiecesAhead;
   const cudaError_t error = launch<GateUp>(
-      plain ? gate_up_kernel<kScales, kSets, false> : gate_up_kernel<kScales, kSets, true>, gate_up,
+      plain ? gate_up_kernel<kScales, kSets, false> : gate_up_kernel<kScales, kSets, true>, p,
       std::clamp(tiles, 1, device.sms), kGateUpThreads + 32, p.pdl,
       choose_stages<GateUp>(p, device.shared_per_block, whole_rows), device, stream);
   if (error != cudaSuccess) return error;

@@ -51,21 +51,19 @@ struct DownLayout : DownForm<kScales, kOneTeam> {
   }
 };
 
-// The largest of a row of gate_up_kernel's maxima, in bf16, which kLanes lanes share. The whole warp calls it.
-template <int kLanes>
-__device__ __forceinline__ uint32_t largest_of(const FewTokensMoeParams& p, int place, bool valid) {
+// The largest of a row of gate_up_kernel's maxima, in bf16, which `lanes`, four or all, share. The whole warp calls it.
+__device__ __forceinline__ uint32_t largest_of(const FewTokensMoeParams& p, int place, bool valid, int lanes) {
   const int words = p.intermediate_size / (kRows / 2) / 8;
   const uint4* const row = static_cast<const uint4*>(p.maxima) + place * words;
   uint32_t two = 0;
   if (valid) {
 #pragma unroll 4
-    for (int i = threadIdx.x % kLanes; i < words; i += kLanes) {
+    for (int i = threadIdx.x % lanes; i < words; i += lanes) {
       const uint4 eight = row[i];
       two = __vmaxu2(two, __vmaxu2(__vmaxu2(eight.x, eight.y), __vmaxu2(eight.z, eight.w)));
     }
   }
-#pragma unroll
-  for (int distance = 1; distance < kLanes; distance *= 2) {
+  for (int distance = 1; distance < lanes; distance *= 2) {
     two = __vmaxu2(two, __shfl_xor_sync(kFullWarp, two, distance));
   }
   return max(two >> 16, two & 0xffff);
@@ -192,22 +190,16 @@ __global__ void __maxnreg__(kDownRegisters) down_kernel(const __grid_constant__ 
           // The maximum of all tokens is over both teams' places.
           const int first = F::kTokens ? ready : 0;
           const int last = F::kTokens || assignments.size() == 0 ? places : assignments[assignments.size() - 1].end();
-          const auto keep = [&](int place, uint32_t bits) {
-            if (F::kTokens) {
-              maxima[kTeams + place] = bits;
-            } else {
-              atomicMax(maxima + team, bits);
-            }
-          };
-          if (last - first <= team_warps) {  // a row for each warp
-            const int place = first + member;
-            const uint32_t bits = largest_of<32>(p, place, place < last) << 16;
-            if (lane == 0 && place < last) keep(place, bits);
-          } else {
-            for (int i = first + 8 * member; i < last; i += 8 * team_warps) {
-              const int place = i + group;
-              const uint32_t bits = largest_of<4>(p, place, place < last) << 16;
-              if (quad == 0 && place < last) keep(place, bits);
+          const int lanes = last - first <= team_warps ? 32 : 4, places_at_once = 32 / lanes;
+          for (int i = first + places_at_once * member; i < last; i += places_at_once * team_warps) {
+            const int place = i + lane / lanes;
+            const uint32_t bits = largest_of(p, place, place < last, lanes) << 16;
+            if (lane % lanes == 0 && place < last) {
+              if (F::kTokens) {
+                maxima[kTeams + place] = bits;
+              } else {
+                atomicMax(maxima + team, bits);
+              }
             }
           }
         }
