@@ -35,20 +35,23 @@ PLAIN_SCALES_BELOW = 32
 # On an H200 in one run with vLLM 0.32's Triton experts, all of the layer after the router
 # (benchmarks/results/h200/fused_experts.jsonl): 128 experts of 2048x768, 8 a token, 18 us against 28 with one token, 26
 # against 37 with two, 39 against 53 with four, 64 against 86 with eight, 102 against 118 with 16, 203 against 153 with
-# 32. The same experts in other formats, in another run
-# (fused_experts_formats.jsonl), with one and 16 tokens: bf16 25 us against 31, 177 against 198; FP8 with scales of
-# channels and tokens 19 against 27, 105 against 116, and 54 and 147 of vLLM's CUTLASS; FP8 with one scale for all
-# activations 19 against 34, 101 against 123, given 18 against 26, 100 against 115. INT8 was not measured beside vLLM's.
+# 32. The same experts in other formats, in another run (fused_experts_formats.jsonl), with one and 16 tokens: bf16 25 us
+# against 31, 177 against 198; FP8 with scales of channels and tokens 19 against 27, 105 against 116, and 54 and 147 of
+# vLLM's CUTLASS; FP8 with one scale for all activations 19 against 34, 101 against 123, given 18 against 26, 100 against
+# 115. INT8 was not measured beside vLLM's.
 FEW_TOKENS_MOE = {"fp8_block": 16, "fp8_token": 16, "fp8_tensor": 16, "int8_token": 0, "bf16": 16}
-# Experts of more weights than LARGE_EXPERT_WEIGHTS, with one, eight and 16 tokens (fused_experts_large.jsonl):
-# DeepSeek-V3's 256 of 7168x2048, 8 a token, in FP8 blocks 102 us against 115, 563 against 660, 1228 against 1040;
-# gpt-oss-120b's 128 of 2880x2880, 4 a token, in bf16 52 against 63, 324 against 376, 600 against 602; Mixtral's 8 of
-# 4096x14336, 2 a token, in FP8 with given scales of activations 87 against 116, 288 against 320 of CUTLASS, 407
-# against 360.
+MIN_TOPK = 4  # 8 were measured
+# Experts of more weights than this, (topk, hidden size, intermediate size), are ours as they were measured, in one run
+# with Triton's and, without block scales, CUTLASS (fused_experts_large.jsonl), with one, eight and 16 tokens: 102 us
+# against 115, 563 against 660, 1228 against 1040; bf16, gpt-oss-120b's, 52 against 63, 324 against 376, 600 against 602;
+# FP8 with given scales of activations 87 against 116, 288 against 320, 407 against 360.
 LARGE_EXPERT_WEIGHTS = 8 << 20
-FEW_TOKENS_LARGE = {"fp8_block": 8, "fp8_token": 0, "fp8_tensor": 8, "int8_token": 0, "bf16": 8}
-MIN_TOPK = 4
-MIN_TOPK_LARGE = {"fp8_tensor": 2}
+LARGE_EXPERTS = {
+    "fp8_block": (8, 7168, 2048),  # DeepSeek-V3
+    "bf16": (4, 2880, 2880),
+    "fp8_tensor": (2, 4096, 14336),  # Mixtral 8x7B
+}
+LARGE_EXPERTS_MAX_TOKENS = 8
 
 
 @dataclass(frozen=True)
@@ -216,18 +219,16 @@ def few_tokens_limit(
         format: fp8_block, fp8_token (a scale for each channel and token), fp8_tensor (for each expert and all
             activations), int8_token or bf16.
     """
-    large = _large(hidden_size, intermediate_size)
-    if capability != (9, 0) or topk < _min_topk(large, format):
+    if capability != (9, 0):
         return 0
-    return (FEW_TOKENS_LARGE if large else FEW_TOKENS_MOE)[format]
+    if _are_large(hidden_size, intermediate_size):
+        measured = LARGE_EXPERTS.get(format) == (topk, hidden_size, intermediate_size)
+        return LARGE_EXPERTS_MAX_TOKENS if measured else 0
+    return FEW_TOKENS_MOE[format] if topk >= MIN_TOPK else 0
 
 
-def _large(hidden_size: int, intermediate_size: int) -> bool:
+def _are_large(hidden_size: int, intermediate_size: int) -> bool:
     return 3 * hidden_size * intermediate_size > LARGE_EXPERT_WEIGHTS
-
-
-def _min_topk(large: bool, format: str) -> int:
-    return MIN_TOPK_LARGE.get(format, MIN_TOPK) if large else MIN_TOPK
 
 
 def few_tokens_moe(
@@ -243,8 +244,11 @@ def few_tokens_moe(
     limit = few_tokens_limit(topk, num_experts, hidden_size, intermediate_size, capability, format)
     if capability != (9, 0):
         return Choice(VLLM, "our kernels for few tokens were measured on compute capability 9.0 alone")
-    if topk < (least := _min_topk(_large(hidden_size, intermediate_size), format)):
-        return Choice(VLLM, f"{topk} experts a token, ours are for {least} at least")
+    large = _are_large(hidden_size, intermediate_size)
+    if limit == 0 and large:
+        return Choice(VLLM, f"ours were not measured with {topk} experts a token of {hidden_size}x{intermediate_size}")
+    if topk < MIN_TOPK and not large:
+        return Choice(VLLM, f"{topk} experts a token, ours were measured with 8 and are for {MIN_TOPK} at least")
     if num_tokens > limit:
         return Choice(VLLM, f"{num_tokens} tokens, ours are for {limit} at most")
     return Choice(FEW_TOKENS, f"{num_tokens} tokens, {limit} at most")
