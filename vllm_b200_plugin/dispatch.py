@@ -35,20 +35,20 @@ PLAIN_SCALES_BELOW = 32
 # On an H200 in one run with vLLM 0.32's Triton experts, all of the layer after the router
 # (benchmarks/results/h200/fused_experts.jsonl): 128 experts of 2048x768, 8 a token, 18 us against 28 with one token, 26
 # against 37 with two, 39 against 53 with four, 64 against 86 with eight, 102 against 118 with 16, 203 against 153 with
-# 32. The same experts in other formats, in another run (fused_experts_formats.jsonl), with one and 16 tokens: bf16 25 us
-# against 31, 177 against 198; FP8 with scales of channels and tokens 19 against 27, 105 against 116, and 54 and 147 of
-# vLLM's CUTLASS; FP8 with one scale for all activations 19 against 34, 101 against 123, given 18 against 26, 100 against
-# 115. INT8 was not measured beside vLLM's.
+# 32. The same experts in other formats, in another run (fused_experts_formats.jsonl), with one and 16 tokens: bf16
+# 25 us against 31, 177 against 198; FP8 with scales of channels and tokens 19 against 27, 105 against 116, and 54 and
+# 147 of vLLM's CUTLASS; FP8 with one scale for all activations 19 against 34, 101 against 123, given 18 against 26,
+# 100 against 115. INT8 was not measured beside vLLM's.
 FEW_TOKENS_MOE = {"fp8_block": 16, "fp8_token": 16, "fp8_tensor": 16, "int8_token": 0, "bf16": 16}
 MIN_TOPK = 4  # 8 were measured
 # Experts of more weights than this, (topk, hidden size, intermediate size), are ours as they were measured, in one run
 # with Triton's and, without block scales, CUTLASS (fused_experts_large.jsonl), with one, eight and 16 tokens: 102 us
-# against 115, 563 against 660, 1228 against 1040; bf16, gpt-oss-120b's, 52 against 63, 324 against 376, 600 against 602;
-# FP8 with given scales of activations 87 against 116, 288 against 320, 407 against 360.
+# against 115, 563 against 660, 1228 against 1040; bf16 52 against 63, 324 against 376, 600 against 602; FP8 with given
+# scales of activations 87 against 116, 288 against 320, 407 against 360.
 LARGE_EXPERT_WEIGHTS = 8 << 20
 LARGE_EXPERTS = {
     "fp8_block": (8, 7168, 2048),  # DeepSeek-V3
-    "bf16": (4, 2880, 2880),
+    "bf16": (4, 2880, 2880),  # gpt-oss-120b
     "fp8_tensor": (2, 4096, 14336),  # Mixtral 8x7B
 }
 LARGE_EXPERTS_MAX_TOKENS = 8
