@@ -120,6 +120,15 @@ def test_bf16_layer(table, monkeypatch, shape, with_bias):
     assert calls == ([small_m_gemm.Config(*CUT)] if shape in ((1, K), (2, K), (2, 1, K)) else [])
 
 
+@pytest.mark.parametrize("k", [K - 1, K + 1, K + 4])
+def test_bf16_layer_with_odd_k_is_vllms(table, monkeypatch, k):
+    monkeypatch.setattr(library, "capability", lambda: HOPPER)
+    monkeypatch.setattr(small_m_gemm, "linear", None)
+    x, weight = torch.randn(2, k, dtype=torch.bfloat16), torch.randn(N, k, dtype=torch.bfloat16)
+    out = linear_bf16.unquantized_gemm(torch.nn.Module(), x, weight)
+    assert torch.equal(out, torch.nn.functional.linear(x, weight))
+
+
 def test_bf16_layer_compiles_to_one_op_where_ours_may_win(table, monkeypatch):
     monkeypatch.setattr(library, "capability", lambda: HOPPER)
     graphs = []
