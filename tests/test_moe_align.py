@@ -20,6 +20,8 @@ SIZES = [
     (257, 8, 512, 64),
 ]
 LARGE = [(1024, 8, 256, 16), (4096, 8, 128, 64), (5001, 6, 160, 16), (16384, 8, 512, 128), (40000, 8, 128, 64)]
+# On either side of each change of launch.
+EDGES = [(n, 1, 128 if n % 2 else 300, 16) for m in (256, 2048, 4096, 8192, 16384, 32768) for n in (m - 1, m, m + 1)]
 
 
 def routing(num_tokens: int, topk: int, num_experts: int, kind: str) -> torch.Tensor:
@@ -68,7 +70,7 @@ def test_blocks(
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("num_tokens, topk, num_experts, block_size", [*SIZES, *LARGE])
+@pytest.mark.parametrize("num_tokens, topk, num_experts, block_size", [*SIZES, *LARGE, *EDGES])
 @pytest.mark.parametrize("kind, dtype", [("random", torch.int64), ("one", torch.int32), ("some_missing", torch.int32)])
 def test_cuda_is_the_reference(
     num_tokens: int, topk: int, num_experts: int, block_size: int, kind: str, dtype: torch.dtype

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <bit>
 
 #include "../common/cluster.cuh"
 #include "../common/launch.cuh"
@@ -32,9 +33,11 @@ constexpr uint32_t kAllLanes = 0xffffffffu;
 // How the ids are spread over the grid of [replicas][cluster] blocks.
 struct AlignPlan {
   int cluster;              // blocks, each with a run of the ids
-  uint32_t replicas;        // clusters, each of which writes a share
+  int replicas;             // clusters, each of which writes a share
   int words;                // of a tile: what a block takes at a time
+  int block_bits;           // 2 ** block_bits = block_size; -1 for no power of two
   uint32_t words_of_block;  // of its run
+  uint32_t words_of_share;  // of each run
 };
 
 // Shared memory, in words of 32 bits. Rows of experts begin at 16 bytes.
@@ -90,8 +93,8 @@ __device__ __forceinline__ int expert_of_id(const MoeAlignParams& p, int64_t i) 
   return expert >= 0 && expert < p.num_experts ? expert : p.num_experts;
 }
 
-// A thread takes up to kItems ids of a tile. Experts: at most one for a thread.
-template <typename Id, int kThreads, int kItems>
+// A thread takes up to kItems ids of a tile, and at most one expert. kOneTile: a block's run is no longer.
+template <typename Id, int kThreads, int kItems, bool kOneTile>
 __global__ void __launch_bounds__(kThreads, 1) align_kernel(const __grid_constant__ MoeAlignParams p,
                                                         const __grid_constant__ AlignPlan plan) {
   constexpr int kMaxSegments = (kThreads * kItems / kIdsOfWord + kWordsOfSegment - 1) / kWordsOfSegment;
@@ -112,7 +115,6 @@ __global__ void __launch_bounds__(kThreads, 1) align_kernel(const __grid_constan
   cg::cluster_group cluster = cg::this_cluster();
   const bool alone = plan.cluster == 1;
   const int rank = blockIdx.x;
-  const uint32_t replica = blockIdx.y;
   const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
   const bool has_expert = tid < p.num_experts;
 
@@ -120,10 +122,9 @@ __global__ void __launch_bounds__(kThreads, 1) align_kernel(const __grid_constan
   const uint32_t tile_ids = plan.words * kIdsOfWord;
   const int64_t run = static_cast<int64_t>(plan.words_of_block) * kIdsOfWord, begin = min(p.num_ids, rank * run);
   const uint32_t ids = static_cast<uint32_t>(min(p.num_ids - begin, run));
-  const uint32_t own_begin = replica * plan.words_of_block / plan.replicas * kIdsOfWord;
-  const uint32_t own_end = (replica + 1) * plan.words_of_block / plan.replicas * kIdsOfWord;
-  const uint32_t first_tile = own_begin / tile_ids * tile_ids;
-  const bool one_tile = plan.words_of_block <= static_cast<uint32_t>(plan.words);
+  const uint32_t own_ids = plan.words_of_share * kIdsOfWord;
+  const uint32_t own_begin = blockIdx.y * own_ids, own_end = own_begin + own_ids;
+  const uint32_t first_tile = kOneTile ? 0 : own_begin / tile_ids * tile_ids;
 
   int expert[kItems];
   auto load_tile = [&](uint32_t tile) {
@@ -191,18 +192,18 @@ __global__ void __launch_bounds__(kThreads, 1) align_kernel(const __grid_constan
   };
 
   if (!alone) cluster.barrier_arrive();  // the others may be written to once they have begun
-  if (!p.pdl && one_tile) load_tile(0);
-  if (one_tile) {
+  if (kOneTile && !p.pdl) load_tile(0);
+  if constexpr (kOneTile) {
     clear(bits, plan.words * row);
   } else {
     clear(earlier, 2 * row);
   }
   pdl_wait();
-  if (p.pdl && one_tile) load_tile(0);
+  if (kOneTile && p.pdl) load_tile(0);
   __syncthreads();
 
   int count = 0;  // of this block's ids
-  if (one_tile) {
+  if constexpr (kOneTile) {
     count = rank_tile();
   } else {
     constexpr int kBatch = 8;
@@ -242,16 +243,17 @@ __global__ void __launch_bounds__(kThreads, 1) align_kernel(const __grid_constan
     }
   }
   int used = 0;  // blocks of ids
-  const int blocks = has_expert ? (of_all + p.block_size - 1) / p.block_size : 0;
+  const int filled = of_all + p.block_size - 1;
+  const int blocks = !has_expert ? 0 : plan.block_bits < 0 ? filled / p.block_size : filled >> plan.block_bits;
   const int first_block = prefix_sum(blocks, warp_totals, used);
   if (has_expert) {
     first[tid] = first_block;
     total[tid] = of_all;
-    next[tid] = first_block * p.block_size + before + (one_tile ? 0 : earlier[tid]);
+    next[tid] = first_block * p.block_size + before + (kOneTile ? 0 : earlier[tid]);
   }
   __syncthreads();
 
-  if (one_tile) {
+  if constexpr (kOneTile) {
     write_tile(0);
   } else {
     for (uint32_t tile = first_tile; tile < min(own_end, ids); tile += tile_ids) {
@@ -271,7 +273,7 @@ __global__ void __launch_bounds__(kThreads, 1) align_kernel(const __grid_constan
   const int block = static_cast<int>(blockIdx.x + gridDim.x * blockIdx.y);
   const int num_blocks = static_cast<int>(gridDim.x * gridDim.y);
   for (int e = block + num_blocks * warp; e < p.num_experts; e += num_blocks * (kThreads / 32)) {
-    const int ids_of_expert = total[e], blocks_of_expert = (ids_of_expert + p.block_size - 1) / p.block_size;
+    const int ids_of_expert = total[e], blocks_of_expert = (e + 1 < p.num_experts ? first[e + 1] : used) - first[e];
     for (int b = lane; b < blocks_of_expert; b += 32) p.block_experts[first[e] + b] = e;
     const int64_t start = static_cast<int64_t>(first[e]) * p.block_size;
     for (int i = ids_of_expert + lane; i < blocks_of_expert * p.block_size; i += 32) p.sorted_ids[start + i] = padding;
@@ -288,10 +290,10 @@ struct AlignLimits {
   int cluster, shared_bytes;
 };
 
-template <typename Id, int kThreads, int kItems>
+template <typename Id, int kThreads, int kItems, bool kOneTile>
 cudaError_t find_limits(AlignLimits& limits) {
   static std::atomic<int> clusters[kMaxDevices], shared_memory[kMaxDevices];  // 0 for not asked yet
-  const auto kernel = align_kernel<Id, kThreads, kItems>;
+  const auto kernel = align_kernel<Id, kThreads, kItems, kOneTile>;
   int device = 0;
   if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
   if (device >= kMaxDevices) return cudaErrorInvalidDevice;
@@ -309,11 +311,22 @@ cudaError_t find_limits(AlignLimits& limits) {
   return cudaSuccess;
 }
 
+template <typename Id, int kThreads, int kItems, bool kOneTile>
+cudaError_t launch(const MoeAlignParams& p, const AlignPlan& plan, cudaStream_t stream) {
+  const auto kernel = align_kernel<Id, kThreads, kItems, kOneTile>;
+  const size_t bytes = AlignMemory(plan, p.num_experts).bytes();
+  const dim3 grid(plan.cluster, plan.replicas), block(kThreads);
+  if (plan.cluster == 1) return launch_kernel(kernel, grid, block, bytes, stream, p.pdl, p, plan);
+  return launch_clusters(kernel, grid, block, plan.cluster, bytes, stream, p.pdl, p, plan);
+}
+
 // Runs of about ids_per_block ids, as far as a cluster has blocks for them.
 template <typename Id, int kThreads, int kItems>
-cudaError_t launch(const MoeAlignParams& p, int64_t ids_per_block, int replicas, cudaStream_t stream) {
-  AlignLimits limits;
-  if (const cudaError_t error = find_limits<Id, kThreads, kItems>(limits); error != cudaSuccess) return error;
+cudaError_t plan_and_launch(const MoeAlignParams& p, int64_t ids_per_block, int most_replicas, cudaStream_t stream) {
+  AlignLimits one, many;
+  if (const cudaError_t error = find_limits<Id, kThreads, kItems, true>(one); error != cudaSuccess) return error;
+  if (const cudaError_t error = find_limits<Id, kThreads, kItems, false>(many); error != cudaSuccess) return error;
+  const AlignLimits limits = {std::min(one.cluster, many.cluster), std::min(one.shared_bytes, many.shared_bytes)};
   AlignPlan plan = {};
   plan.cluster = 1;
   while (2 * plan.cluster <= limits.cluster && p.num_ids > ids_per_block * plan.cluster) plan.cluster *= 2;
@@ -323,18 +336,19 @@ cudaError_t launch(const MoeAlignParams& p, int64_t ids_per_block, int replicas,
   while (plan.words > 1 && AlignMemory(plan, p.num_experts).bytes() > static_cast<size_t>(limits.shared_bytes)) {
     plan.words = (plan.words + 1) / 2;
   }
-  plan.replicas = std::min<uint32_t>(replicas, plan.words_of_block);
-  const size_t bytes = AlignMemory(plan, p.num_experts).bytes();
-  const dim3 grid(plan.cluster, plan.replicas), block(kThreads);
-  const auto kernel = align_kernel<Id, kThreads, kItems>;
-  if (plan.cluster == 1) return launch_kernel(kernel, grid, block, bytes, stream, p.pdl, p, plan);
-  return launch_clusters(kernel, grid, block, plan.cluster, bytes, stream, p.pdl, p, plan);
+  plan.words_of_share = (plan.words_of_block + most_replicas - 1) / most_replicas;
+  plan.replicas = static_cast<int>((plan.words_of_block + plan.words_of_share - 1) / plan.words_of_share);
+  const uint32_t block_size = static_cast<uint32_t>(p.block_size);
+  plan.block_bits = std::has_single_bit(block_size) ? std::countr_zero(block_size) : -1;
+  return plan.words_of_block <= static_cast<uint32_t>(plan.words)
+             ? launch<Id, kThreads, kItems, true>(p, plan, stream)
+             : launch<Id, kThreads, kItems, false>(p, plan, stream);
 }
 
 template <typename Id>
 cudaError_t choose(const MoeAlignParams& p, cudaStream_t stream) {
-  if (p.num_ids <= 256 && p.num_experts <= 256) return launch<Id, 256, 1>(p, 256, 1, stream);
-  return launch<Id, 1024, 2>(p, 2048, p.num_ids <= 2048 ? 8 : 4, stream);
+  if (p.num_ids <= 256 && p.num_experts <= 256) return plan_and_launch<Id, 256, 1>(p, 256, 1, stream);
+  return plan_and_launch<Id, 1024, 2>(p, 2048, p.num_ids <= 2048 ? 8 : 4, stream);
 }
 
 // Every block of the grid finds the sums again and writes a part of the result.
