@@ -108,6 +108,8 @@ OPS: dict[str, tuple[Callable[..., Result], int | None]] = {
     "fused_add_rms_norm_static_fp8_quant": (norm_tensor, None),
 }
 
+ROUND_ON_THE_WAY = ("silu_and_mul_quant", "persistent_masked_m_silu_mul_quant")
+
 
 def shares_beside_float64(ops, name: str) -> tuple[float, float]:
     """Of vLLM's op and of ours: the share of numbers that are not float64's."""
@@ -126,4 +128,4 @@ def shares_beside_float64(ops, name: str) -> tuple[float, float]:
 def test_ours_is_no_further_from_float64(vllm_ops, name: str) -> None:
     theirs, ours = shares_beside_float64(vllm_ops, name)
     print(f"{name}: vLLM's {theirs:.3e}, ours {ours:.3e} of the numbers are not float64's")
-    assert ours <= 1.02 * theirs + 1e-6
+    assert ours <= (0.01 if name in ROUND_ON_THE_WAY else 1.02) * theirs + 1e-6
