@@ -21,7 +21,7 @@ SIZES = [
 ]
 LARGE = [(1024, 8, 256, 16), (4096, 8, 128, 64), (5001, 6, 160, 16), (16384, 8, 512, 128), (40000, 8, 128, 64)]
 # On either side of each change of launch.
-EDGES = [(n, 1, 128 if n % 2 else 300, 16) for m in (256, 512, 2048, 4096, 8192, 16384, 32768) for n in (m - 1, m, m + 1)]
+EDGES = [(m + n, 1, 300 if n else 128, 16) for m in (256, 512, 2048, 4096, 8192, 16384, 32768) for n in (-1, 0, 1)]
 
 
 def routing(num_tokens: int, topk: int, num_experts: int, kind: str) -> torch.Tensor:
