@@ -286,6 +286,20 @@ NVFP4_MOE_BACKENDS = Private(
 NVFP4_MOE_EXPERTS = Private(
     _NVFP4_MOE_ORACLE, "backend_to_kernel_cls", "function: backend -> experts classes", "to name our class", _OOT_MOE
 )
+NVFP4_MOE_PREPARE = Private(
+    _NVFP4_MOE_ORACLE,
+    "prepare_nvfp4_moe_layer_for_fi_or_cutlass",
+    "function: the weights of NVFP4 experts as FlashInfer and CUTLASS take them",
+    "it refuses gated experts that need padding",
+    "padding of gated experts for every back end",
+)
+NVFP4_MOE_ALIGN = Private(
+    "vllm.model_executor.layers.quantization.utils.flashinfer_utils",
+    "align_fp4_moe_weights_for_fi",
+    "function: pads gate, up and the down projection, each by itself",
+    "to pad for the other back ends, too",
+    "padding of gated experts for every back end",
+)
 NVFP4_DYNAMIC = Private(
     "vllm.model_executor.layers.quantization.utils.quant_utils",
     "kNvfp4Dynamic",
@@ -566,7 +580,6 @@ MOE_ALIGN_OPS = {
         "experts_ids",
         "num_tokens_post_pad",
     ),
-    "moe_sum": ("input", "output", "topk_ids", "expert_map"),
 }
 TOKEN_QUANT_OPS = {
     "dynamic_per_token_scaled_fp8_quant": ("result", "input", "scale", "scale_ub"),

@@ -36,8 +36,6 @@ struct Format {
   static constexpr bool kQuantised = kScales != Scales::kNone;
   using Value = std::conditional_t<kInt8, int8_t, std::conditional_t<kQuantised, Fp8, Bf16>>;
   static constexpr int kBlock = kBlockBytes / sizeof(Value);  // columns
-  // Of a row of w2, that a warp of down_kernel has in hand at once.
-  static constexpr int kWarpBlocks = kQuantised ? 1 : 2;
 };
 
 __host__ __device__ constexpr int round_up(int value, int multiple) {
@@ -59,20 +57,18 @@ struct RowChunks {
   __host__ __device__ int stage_bytes() const { return kRows * kBlockBytes * largest(); }
 };
 
-// What a thread asks for, buffer by buffer of a ring: no more than kAhead are on their way. More take no less time and
-// keep others' requests waiting.
-constexpr int kAhead = 2;
-
+// What a thread asks for, buffer by buffer of a ring: no more than `ahead` are on their way.
 struct WeightStream {
   Ring ring;
-  Ring arrived = ring;  // kAhead buffers behind
+  Ring arrived = ring;  // `ahead` buffers behind
+  int ahead;
   int fetched = 0;
   uint64_t policy = evict_first_policy();
 
-  __device__ explicit WeightStream(const Ring& ring) : ring(ring) {}
+  __device__ WeightStream(const Ring& ring, int ahead) : ring(ring), ahead(ahead) {}
   // Of 16 rows of `pitch` bytes, `bytes` from `column` on. `upper` and `lower`: the first of eight rows each.
   __device__ __forceinline__ void fetch(const uint8_t* upper, const uint8_t* lower, int column, int bytes, int pitch) {
-    if (fetched++ >= kAhead && ring.stages >= kAhead) {
+    if (fetched++ >= ahead && ring.stages >= ahead) {
       barrier_wait(arrived.full(arrived.slot), arrived.parity);
       arrived.advance();
     }

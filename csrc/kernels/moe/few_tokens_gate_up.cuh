@@ -1,5 +1,6 @@
 #pragma once
 
+#include "../quant/row_source.cuh"
 #include "few_tokens.cuh"
 
 namespace vllm_b200 {
@@ -12,6 +13,16 @@ using GateUpRows = RowChunks<16>;
 
 __device__ __forceinline__ float silu(float x) { return __fdividef(x, 1.0f + __expf(-x)); }
 __device__ __forceinline__ float rounded(float x) { return __bfloat162float(__float2bfloat16_rn(x)); }
+
+__device__ __forceinline__ float activate(const FewTokensMoeParams& p, float gate, float up) {
+  switch (p.activation) {
+    case Activation::kSiluClamped:
+      return activate_and_multiply<Activation::kSiluClamped>(gate, up, p.activation_params);
+    case Activation::kGelu: return activate_and_multiply<Activation::kGelu>(gate, up, p.activation_params);
+    case Activation::kGeluTanh: return activate_and_multiply<Activation::kGeluTanh>(gate, up, p.activation_params);
+    default: return silu(gate) * up;
+  }
+}
 
 // The dynamic shared memory: barriers | assignments | scales of x | maxima of places | partial sums | x | ring.
 template <Scales kScales>
@@ -92,9 +103,18 @@ struct TileScales<kScales> {
   }
 };
 
+// x: of the gate's row of a column of `hidden`; y: of the other half's.
+__device__ __forceinline__ float2 tile_bias(const FewTokensMoeParams& p, int expert, int column) {
+  const Bf16* const bias = static_cast<const Bf16*>(p.w13_bias) + 2 * int64_t{expert} * p.intermediate_size;
+  const int lower = p.interleaved ? 2 * column : column, upper = p.interleaved ? lower + 1 : lower + p.intermediate_size;
+  const float first = __bfloat162float(bias[lower]), second = __bfloat162float(bias[upper]);
+  return p.up_first ? make_float2(second, first) : make_float2(first, second);
+}
+
 // A tile is 8 rows of the gate and the 8 of the other half that belong to the same columns, so that a lane holds both
-// factors of silu(gate) * up, which it writes to `hidden`, by places (see Entry).
-template <Scales kScales, int kSets>
+// factors of silu(gate) * up, which it writes to `hidden`, by places (see Entry). kGeneral: other activations, biases
+// and rows that take turns.
+template <Scales kScales, int kSets, bool kGeneral>
 __global__ void __maxnreg__(kGateUpRegisters) gate_up_kernel(const __grid_constant__ FewTokensMoeParams p, int stages) {
   using F = Format<kScales>;
   using Value = typename F::Value;
@@ -147,17 +167,20 @@ __global__ void __maxnreg__(kGateUpRegisters) gate_up_kernel(const __grid_consta
 
   if (warp == kGateUpWarps) {
     if (!elect_lane()) return;
-    WeightStream weights(ring);
+    WeightStream weights(ring, p.ahead);
     const int pitch = p.hidden_size * sizeof(Value);
     const int64_t half = int64_t{p.intermediate_size} * pitch;
+    const bool interleaved = kGeneral && p.interleaved;
+    const int64_t lower = interleaved ? pitch : half;
+    const int tile_rows = interleaved ? kRows : kRows / 2, row_pitch = interleaved ? 2 * pitch : pitch;
 #pragma unroll 1
     for (Cursor at(begin, expert_tiles); at.tile < end; at.advance(expert_tiles)) {
       const uint8_t* const first = static_cast<const uint8_t*>(p.w13) + 2 * assignments[at.entry].expert * half +
-                                   int64_t{at.column_tile} * (kRows / 2) * pitch;
+                                   int64_t{at.column_tile} * tile_rows * pitch;
 #pragma unroll 1
       for (int chunk = 0; chunk < rows.chunks; ++chunk) {
-        weights.fetch(first + (p.up_first ? half : 0), first + (p.up_first ? 0 : half),
-                      chunk * rows.largest() * kBlockBytes, rows.blocks_of(chunk) * kBlockBytes, pitch);
+        weights.fetch(first + (p.up_first ? lower : 0), first + (p.up_first ? 0 : lower),
+                      chunk * rows.largest() * kBlockBytes, rows.blocks_of(chunk) * kBlockBytes, row_pitch);
       }
     }
     return;
@@ -255,6 +278,13 @@ __global__ void __maxnreg__(kGateUpRegisters) gate_up_kernel(const __grid_consta
     next_scale = scale_of(at);
     Sum<Value> sum[kSets][4] = {}, other[kSets][4] = {};
     int mine = 0;  // of the warp's blocks
+    float2 bias = {};
+    if constexpr (kGeneral) {
+      // Asked for before the weights are waited for.
+      if (p.w13_bias != nullptr && member == turn % kTeamWarps) {
+        bias = tile_bias(p, assignments[current.entry].expert, current.column_tile * (kRows / 2) + group);
+      }
+    }
 #pragma unroll 1
     for (int chunk = 0; chunk < rows.chunks; ++chunk) {
       const int blocks = rows.blocks_of(chunk), pitch = blocks * kBlockBytes;
@@ -323,7 +353,13 @@ __global__ void __maxnreg__(kGateUpRegisters) gate_up_kernel(const __grid_consta
             up = up * row_scales[set][i] * scale.y;
           }
           const int place = entry.place(token);
-          const Bf16 value = __float2bfloat16_rn(silu(rounded(gate)) * rounded(up));
+          float product;
+          if constexpr (kGeneral) {
+            product = activate(p, rounded(gate + bias.x), rounded(up + bias.y));
+          } else {
+            product = silu(rounded(gate)) * rounded(up);
+          }
+          const Bf16 value = __float2bfloat16_rn(product);
           if constexpr (F::kRowScales) {
             const uint32_t bits = __bfloat16_as_ushort(value) & 0x7fff;
             // The scale of a tensor leaves NaN out.
