@@ -1,7 +1,10 @@
-"""Runs every kernel of ours at small sizes, for compute-sanitizer: python tests/sanitize_kernels.py [parts part].
+"""Runs every kernel of ours at small sizes, for compute-sanitizer:
+
+    python tests/sanitize_kernels.py [parts part [family ...]]
 
 Compares nothing, which would run kernels that are not ours; inputs come from the CPU. The lists of cases are dealt out
-to `parts` parts, of which one is run. Prints the number of calls of each family. See sanitize.sh.
+to `parts` parts, of which one is run, of the families named or of all. Prints the number of calls of each family. See
+sanitize.sh.
 """
 
 import sys
@@ -21,13 +24,23 @@ from test_moe_align import SIZES, half_map, routing
 from test_moe_experts import CASES as EXPERTS
 from test_moe_experts import make as make_experts
 from test_moe_experts import run as run_experts
+from test_mx_quant import OPS as MX_OPS
+from test_mx_quant import SHAPES as MX_SHAPES
+from test_mx_quant import make_input as mx_input
 from test_norm_quant import CASES as NORMS
 from test_norm_quant import quantise as norm_quantise
+from test_nvfp4_gemm import CASES as NVFP4_GEMMS
+from test_nvfp4_gemm import CONFIGS as NVFP4_CONFIGS
+from test_nvfp4_gemm import operands as nvfp4_operands
+from test_nvfp4_quant import CASES as NVFP4
+from test_nvfp4_quant import EXPERTS as NVFP4_EXPERTS
+from test_nvfp4_quant import experts_quantise
+from test_nvfp4_quant import quantise as nvfp4_quantise
 from test_quant import CASES as GROUPS
 from test_quant import quantise as group_quantise
 from test_router import operands as gate_operands
 from test_small_m_gemm import CASES as GEMMS
-from test_small_m_gemm import CONFIGS
+from test_small_m_gemm import CONFIGS, STREAMS
 from test_small_m_gemm import call as call_gemm
 from test_small_m_gemm import operands as gemm_operands
 from test_token_quant import CASES as TOKENS
@@ -37,7 +50,8 @@ from test_topk import CASES as SELECTIONS
 from vllm_b200_plugin.ops.gated_quant import masked_silu_group_quant
 from vllm_b200_plugin.ops.moe_align import batched_moe_align_block_size, moe_align_block_size
 from vllm_b200_plugin.ops.moe_sum import moe_sum
-from vllm_b200_plugin.ops.quant import ScaleLayout, empty_scale
+from vllm_b200_plugin.ops.nvfp4_gemm import nvfp4_linear
+from vllm_b200_plugin.ops.quant import ScaleLayout, empty_scale, per_token_group_quant
 from vllm_b200_plugin.ops.router import router, router_gate, split_router
 from vllm_b200_plugin.ops.topk import Scoring, Selection, select_experts
 
@@ -149,6 +163,36 @@ def gemm() -> Iterator[Call]:
             yield lambda case=case, config=config: call_gemm(case, gemm_operands(case, "cuda"), config=config, pdl=True)
 
 
+def streamed_gemm() -> Iterator[Call]:
+    for i, case in enumerate(case for case in GEMMS if case.num_tokens <= 16 and case.kind != "fp16"):
+        tensors = gemm_operands(case)
+        if case.kind == "fp8_block":
+            tensors["x"], tensors["x_scale"] = per_token_group_quant(tensors["x"])
+        if case.k % 128:
+            continue
+        for config in STREAMS[i % 3 :: 3]:
+            yield lambda case=case, tensors=tensors, config=config: call_gemm(
+                case, {name: tensor.cuda() for name, tensor in tensors.items()}, config=config, pdl=True
+            )
+
+
+def fp4() -> Iterator[Call]:
+    for case in NVFP4:
+        x = case.make_input("cpu")
+        if x.numel() < SMALL:
+            yield lambda case=case, x=x: nvfp4_quantise(x.cuda(), case)
+    for case in NVFP4_EXPERTS:
+        yield lambda case=case: experts_quantise(case.make_input("cpu").cuda(), case)
+    for op in MX_OPS:
+        for rows, columns in MX_SHAPES:
+            for swizzled in (False, True):
+                x = mx_input(rows, columns)
+                yield lambda op=op, x=x, swizzled=swizzled: op(x.cuda(), swizzled, pdl=True)
+    for i, case in enumerate(NVFP4_GEMMS):
+        for config in NVFP4_CONFIGS[i % 40 :: 40]:
+            yield lambda case=case, config=config: nvfp4_linear(**nvfp4_operands(case, "cuda"), config=config, pdl=True)
+
+
 def chain() -> Iterator[Call]:
     yield lambda: run(Model("cuda"), list(STEPS), chain_inputs("cuda")[0], True)
 
@@ -167,14 +211,16 @@ FAMILIES = {
     "moe_sum": moe_sums,
     "moe_experts": experts,
     "small_m_gemm": gemm,
+    "streamed_gemm": streamed_gemm,
+    "fp4": fp4,
 }
 
 
 def main() -> None:
     parts, part = map(int, sys.argv[1:3] if len(sys.argv) > 1 else (1, 0))
     start = time.monotonic()
-    for name, family in FAMILIES.items():
-        calls = list(family())[part::parts]
+    for name in sys.argv[3:] or FAMILIES:
+        calls = list(FAMILIES[name]())[part::parts]
         for call in calls:
             call()
         torch.cuda.synchronize()

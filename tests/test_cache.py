@@ -115,6 +115,32 @@ def test_cuda_past_2_to_the_31_elements(block_size: int) -> None:
     assert int((cache != 0).sum()) == 512
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.uint8])
+def test_cuda_mla_past_2_to_the_31_elements(dtype: torch.dtype) -> None:
+    blocks, row = 2**31 // (64 * 576) + 2, 512 + ROPE_SIZE
+    cache = torch.zeros(blocks, 64, row, dtype=dtype, device="cuda")
+    latent, rope = (torch.ones(2, n, dtype=torch.bfloat16, device="cuda") for n in (512, ROPE_SIZE))
+    slots = torch.tensor([0, blocks * 64 - 1], device="cuda")
+    concat_and_cache_mla(latent, rope, cache, slots, torch.ones(1, device="cuda"))
+    one = 0x38 if dtype == torch.uint8 else 1
+    assert (cache[0, 0] == one).all() and (cache[-1, -1] == one).all()
+    assert int(cache.count_nonzero()) == 2 * row
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", [c for c in CASES if c.num_tokens > 30], ids=str)
+def test_a_token_is_the_same_in_any_batch(case: CacheLayoutCase) -> None:
+    whole, alone = inputs(case, "cuda"), inputs(case, "cuda")
+    write(case, whole)
+    slots = 4 if case.num_heads else 3
+    for rows in (slice(0, 1), slice(1, 4), slice(4, case.num_tokens)):
+        part = [t[rows] if i < 2 or i == slots else t for i, t in enumerate(alone)]
+        write(case, part)
+    for got, want in zip(caches_of(case, alone), caches_of(case, whole), strict=True):
+        assert torch.equal(got.view(torch.uint8), want.view(torch.uint8))
+
+
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_no_slots(device: str) -> None:
     arguments = inputs(CacheLayoutCase(5, 2), device)

@@ -108,6 +108,16 @@ def test_cuda_is_near_the_reference(case: SiluQuantCase) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("case", [c for c in CASES if c.activation != "silu_clamped"], ids=str)
+def test_cuda_is_the_reference_where_the_activation_is_exact(case: SiluQuantCase) -> None:
+    """A gate so large that its sigmoid is 1, and a power of two: the product is a number of the input's type."""
+    x = case.make_input("cpu")
+    x[:, : case.intermediate_size] = 32.0 * torch.exp2(torch.arange(case.num_tokens) % 2)[:, None]
+    for actual, expected in zip(quantise(x.cuda(), case), quantise(x, case), strict=True):
+        assert torch.equal(bits(actual.cpu()), bits(expected))
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["group", "token", "tensor"])
 def test_a_row_is_the_same_in_any_batch(kind: str) -> None:
     case = SiluQuantCase(600, 2048, kind=kind)

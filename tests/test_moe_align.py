@@ -20,6 +20,8 @@ SIZES = [
     (257, 8, 512, 64),
 ]
 LARGE = [(1024, 8, 256, 16), (4096, 8, 128, 64), (5001, 6, 160, 16), (16384, 8, 512, 128), (40000, 8, 128, 64)]
+# On either side of each change of launch.
+EDGES = [(m + n, 1, 300 if n else 128, 16) for m in (256, 512, 2048, 4096, 8192, 16384, 32768) for n in (-1, 0, 1)]
 
 
 def routing(num_tokens: int, topk: int, num_experts: int, kind: str) -> torch.Tensor:
@@ -68,8 +70,11 @@ def test_blocks(
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("num_tokens, topk, num_experts, block_size", [*SIZES, *LARGE])
-@pytest.mark.parametrize("kind, dtype", [("random", torch.int64), ("one", torch.int32), ("some_missing", torch.int32)])
+@pytest.mark.parametrize("num_tokens, topk, num_experts, block_size", [*SIZES, *LARGE, *EDGES])
+@pytest.mark.parametrize(
+    "kind, dtype",
+    [("plain", torch.int32), ("random", torch.int64), ("one", torch.int32), ("some_missing", torch.int32)],
+)
 def test_cuda_is_the_reference(
     num_tokens: int, topk: int, num_experts: int, block_size: int, kind: str, dtype: torch.dtype
 ) -> None:
@@ -84,10 +89,10 @@ def test_cuda_is_the_reference(
             for size in (room + 1, -(-room // block_size) + 1)
         ]
         outputs.append(torch.empty(1, dtype=torch.int32, device=device))
-        scatter = torch.empty(ids.numel(), dtype=torch.int32, device=device)
+        scatter = None if kind == "plain" else torch.empty(ids.numel(), dtype=torch.int32, device=device)
         mapped = None if expert_map is None else expert_map.to(device)
         torch.ops.vllm_b200.moe_align_block_size(ids.to(device), num_experts, block_size, *outputs, mapped, scatter)
-        results.append([tensor.cpu() for tensor in (*outputs, scatter)])
+        results.append([tensor.cpu() for tensor in (*outputs, scatter) if tensor is not None])
     for expected, actual in zip(*results, strict=True):
         assert torch.equal(actual, expected)
 

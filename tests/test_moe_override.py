@@ -124,8 +124,9 @@ def test_grouped_topk_that_vllm_does_otherwise(ops, num_experts, groups, kept, t
 
 def test_sizes_at_which_vllm_is_as_fast_go_to_the_original(ops):
     ops.grouped_topk(torch.randn(1023, 256), 8, 4, 8, True, 2.5, torch.randn(256), 1)
-    for num_tokens, num_experts in ((33, 128), (4095, 128), (1, 64)):
-        ids = torch.randint(num_experts, (num_tokens, 8), dtype=torch.int32)
+    plain, wide = torch.int32, torch.int64
+    for num_tokens, num_experts, dtype in ((63, 256, plain), (4095, 512, plain), (4095, 128, wide)):
+        ids = torch.randint(num_experts, (num_tokens, 8), dtype=dtype)
         outputs = [torch.empty_like(t) for t in moe_align_block_size(ids, num_experts, 16)]
         ops.moe_align_block_size(ids, num_experts, 16, *outputs, None, None)
     names = ["grouped_topk", *["moe_align_block_size"] * 3]
@@ -135,14 +136,24 @@ def test_sizes_at_which_vllm_is_as_fast_go_to_the_original(ops):
 @pytest.mark.parametrize("mapped", [False, True])
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_moe_align(ops, mapped, dtype):
-    ids = torch.randint(80, (30, 4), dtype=dtype)
+    ids = torch.randint(80, (8192, 4), dtype=dtype)
     expert_map = torch.arange(80, dtype=torch.int32) - 32 if mapped else None
     expected = moe_align_block_size(ids, 80, 16, expert_map)
-    outputs, scatter = [torch.empty_like(t) for t in expected], torch.empty(120, 1, dtype=torch.int32)
+    outputs, scatter = [torch.empty_like(t) for t in expected], torch.empty(ids.numel(), 1, dtype=torch.int32)
     ops.moe_align_block_size(ids, 80, 16, *outputs, expert_map, scatter)
     assert all(torch.equal(a, b) for a, b in zip(outputs, expected, strict=True))
-    missing = ids.flatten() < 32 if mapped else torch.zeros(120, dtype=torch.bool)
-    assert torch.equal(scatter.flatten(), torch.arange(120, dtype=torch.int32).masked_fill(missing, -1))
+    missing = ids.flatten() < 32 if mapped else torch.zeros(ids.numel(), dtype=torch.bool)
+    assert torch.equal(scatter.flatten(), torch.arange(ids.numel(), dtype=torch.int32).masked_fill(missing, -1))
+    assert not ops.original_calls
+
+
+@pytest.mark.parametrize("num_tokens, num_experts", [(1, 8), (33, 128), (64, 256), (4096, 512)])
+def test_moe_align_of_plain_ids(ops, num_tokens, num_experts):
+    ids = torch.randint(num_experts, (num_tokens, 8), dtype=torch.int32)
+    expected = moe_align_block_size(ids, num_experts, 16)
+    outputs = [torch.empty_like(t) for t in expected]
+    ops.moe_align_block_size(ids, num_experts, 16, *outputs, None, None)
+    assert all(torch.equal(a, b) for a, b in zip(outputs, expected, strict=True))
     assert not ops.original_calls
 
 

@@ -141,14 +141,16 @@ def test_the_sum_may_go_elsewhere(device: str, kind: ScaleLayout | str, num_toke
 
 
 @pytest.mark.gpu
-def test_cuda_past_2_to_the_31_elements() -> None:
-    case = RmsNormQuantCase(300_001, 7168, layout=ScaleLayout.PACKED_UE8M0)
+@pytest.mark.parametrize("kind", ["group", "token", "tensor", "nvfp4"])
+def test_cuda_past_2_to_the_31_elements(kind: str) -> None:
+    case = RmsNormQuantCase(300_001, 7168, layout=ScaleLayout.PACKED_UE8M0, kind=kind)
     x = torch.empty(case.num_tokens, case.hidden_size, dtype=torch.bfloat16, device="cuda").normal_()
     residual, weight = torch.zeros_like(x), torch.ones(case.hidden_size, dtype=torch.bfloat16, device="cuda")
-    q, scale = quantise(x, residual, weight, case)
+    whole = quantise(x, residual, weight, case)
     for rows in (slice(0, 4), slice(case.num_tokens - 4, case.num_tokens)):
         alone = quantise(x[rows], torch.zeros_like(x[rows]), weight, replace(case, num_tokens=4))
-        assert torch.equal(q[rows].view(torch.uint8), alone[0].view(torch.uint8)) and torch.equal(scale[rows], alone[1])
+        for few, all_rows in zip(alone, whole, strict=True):
+            assert torch.equal(bits(few), bits(all_rows[rows]))
         assert torch.equal(residual[rows], x[rows])
 
 

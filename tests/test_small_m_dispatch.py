@@ -1,4 +1,4 @@
-"""Where the small-M kernel is chosen, and that the layers' ops run it there and the library elsewhere. Needs no GPU."""
+"""Where the small-M kernel is chosen, and that the layers' ops run it there and the library elsewhere."""
 
 import pytest
 import torch
@@ -118,6 +118,32 @@ def test_bf16_layer(table, monkeypatch, shape, with_bias):
     assert out.shape == expected.shape and out.dtype == torch.bfloat16
     assert torch.allclose(out.double(), expected, rtol=2e-2, atol=0.2)
     assert calls == ([small_m_gemm.Config(*CUT)] if shape in ((1, K), (2, K), (2, 1, K)) else [])
+
+
+@pytest.mark.parametrize("k", [K - 1, K + 1, K + 4])
+def test_bf16_layer_with_odd_k_is_vllms(table, monkeypatch, k):
+    monkeypatch.setattr(library, "capability", lambda: HOPPER)
+    monkeypatch.setattr(small_m_gemm, "linear", None)
+    x, weight = torch.randn(2, k, dtype=torch.bfloat16), torch.randn(N, k, dtype=torch.bfloat16)
+    out = linear_bf16.unquantized_gemm(torch.nn.Module(), x, weight)
+    assert torch.equal(out, torch.nn.functional.linear(x, weight))
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("contiguous", [True, False])
+def test_bf16_layer_at_every_number_of_tokens(dispatch_table, monkeypatch, device, contiguous):
+    dispatch_table({(HOPPER, "bf16"): {(N, K): ((32, CUT, False),)}})
+    monkeypatch.setattr(library, "capability", lambda: HOPPER)
+    rows, run = [], small_m_gemm.linear
+    monkeypatch.setattr(small_m_gemm, "linear", lambda x, *a, **k: rows.append(len(x)) or run(x, *a, **k))
+    weight, bias = (torch.randn(shape, device=device).bfloat16() for shape in ((N, K), (N,)))
+    for m in range(1, 34):
+        wide = torch.randn(m, K if contiguous else K + 3, device=device).bfloat16()
+        x = wide[:, wide.shape[1] - K :]
+        out = linear_bf16.unquantized_gemm(torch.nn.Module(), x, weight, bias)
+        expected = torch.nn.functional.linear(x.double(), weight.double(), bias.double())
+        assert (out.double() - expected).abs().max() < 2**-8 * expected.abs().max()
+    assert rows == list(range(1, 33))
 
 
 def test_bf16_layer_compiles_to_one_op_where_ours_may_win(table, monkeypatch):

@@ -106,12 +106,22 @@ def test_empty(device: str, shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.gpu
-def test_a_row_is_the_same_in_any_batch() -> None:
-    x = TokenQuantCase(500, 7168).make_input("cuda")
-    q, scale, _ = per_token_quant(x)
+@pytest.mark.parametrize(
+    "case",
+    [
+        TokenQuantCase(500, 7168, dtype, static, asymmetric)
+        for dtype, asymmetric in ((E4M3, False), (torch.int8, False), (torch.int8, True))
+        for static in (False, True)
+    ]
+    + [TokenQuantCase(500, 7168, group_shape=(-1, 1))],
+    ids=str,
+)
+def test_a_row_is_the_same_in_any_batch(case: TokenQuantCase) -> None:
+    x = case.make_input("cuda")
+    whole = quantise(x, case)
     for row in (0, 131, 132, 499):
-        alone = per_token_quant(x[row : row + 1])
-        assert same(q[row : row + 1], alone[0]) and torch.equal(scale[row : row + 1], alone[1])
+        for alone, batched in zip(quantise(x[row : row + 1], case), whole, strict=True):
+            assert same(alone, batched[row : row + 1])
 
 
 @pytest.mark.gpu

@@ -154,7 +154,7 @@ class FusedExpertsCase:
         return round(hit * expert) + self.num_tokens * (4 * self.hidden_size + 8 * self.top_k)
 
 
-ALIGN_NUM_TOKENS = (1, 16, 256, 1024, 4096, 16384)
+ALIGN_NUM_TOKENS = (1, 16, 64, 256, 512, 1024, 2048, 4096, 16384)
 TOP_K_NUM_TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384)
 ROUTER_NUM_TOKENS = (1, 2, 4, 8, 16, 32)
 SUM_NUM_TOKENS = (1, 16, 256, 4096)

@@ -18,12 +18,13 @@ using torch::stable::detail::to;
 using OptionalTensor = std::optional<Tensor>;
 
 // Where ours was faster than vLLM's on an H200, called as vLLM calls its ops. The
-// grouped selection: 1.2 times with 1024 tokens, slower with few. The alignment:
-// 1.2 times with 8 and 128 ids of more than 64 experts (for fewer experts vLLM
-// has another kernel), slower with 2048, 1.9 times with 32768. The sum: 1.1 times
-// with 16 tokens, no faster with 1 and with 64.
+// grouped selection: 1.2 times with 1024 tokens, slower with few. The alignment of
+// plain ids: with up to 128 experts 1.2 to 6 times, and about as fast with 128 ids;
+// with 256 experts as fast with 256 ids, 1.2 times with 512; with 512 experts 1.8
+// times with 32768. Ids of 64 bits and maps were not timed: from 32768 ids on, where
+// plain ones take a third of vLLM's time.
 constexpr int64_t kGroupedFromTokens = 1024;
-constexpr int64_t kAlignUpToIds = 256, kAlignFromIds = 32768, kAlignFewIdsFromExperts = 65;
+constexpr int64_t kAlignUpToExperts = 128, kAlignFromIds = 512, kAlignUpToMoreExperts = 256, kAlignFromManyIds = 32768;
 
 bool is_float(const Tensor& x) {
   const ScalarType type = x.scalar_type();
@@ -120,8 +121,11 @@ void moe_align_block_size(Tensor topk_ids, int64_t num_experts, int64_t block_si
                           OptionalTensor scatter_ids) {
   const int64_t num_ids = topk_ids.numel();
   const ScalarType id_type = topk_ids.scalar_type();
-  bool fits = ((num_ids <= kAlignUpToIds && num_experts >= kAlignFewIdsFromExperts) || num_ids >= kAlignFromIds) &&
-              (id_type == ScalarType::Int || id_type == ScalarType::Long) && topk_ids.is_contiguous() &&
+  const bool plain = id_type == ScalarType::Int && !expert_map && !scatter_ids;
+  const bool faster = num_ids >= kAlignFromManyIds ||
+                      (plain && (num_experts <= kAlignUpToExperts ||
+                                 (num_experts <= kAlignUpToMoreExperts && num_ids >= kAlignFromIds)));
+  bool fits = faster && (id_type == ScalarType::Int || id_type == ScalarType::Long) && topk_ids.is_contiguous() &&
               num_experts >= 1 && num_experts <= kMaxAlignedExperts && block_size >= 1 && block_size <= (1 << 20) &&
               num_ids < (int64_t{1} << 30) && is_int32(sorted_ids) && is_int32(block_experts) && is_int32(num_sorted) &&
               num_sorted.numel() == 1 && is_int32(expert_map) && is_int32(scatter_ids);
