@@ -202,8 +202,8 @@ def test_adapter_beside_the_layer(calls):
 @pytest.mark.parametrize("fused", [False, True])
 def test_compiled(calls, monkeypatch, fused):
     """One op that quantises where the fusion runs; else the quantisation is inductor's, and our op behind it."""
-    if fused:
-        monkeypatch.setenv("VLLM_B200_ENABLE", "norm_linear_fusion")
+    if not fused:
+        monkeypatch.setenv("VLLM_B200_DISABLE", "norm_linear_fusion")
     layer, graphs = Layer(calls, strategy="tensor", static=True), []
     calls.clear()
 
