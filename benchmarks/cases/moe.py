@@ -104,6 +104,7 @@ EXPERT_FORMATS = (
     "fp8_tensor-expert",
     "fp8_tensor-expert-given",
     "int8_token-channel",
+    "nvfp4",
 )
 
 
@@ -141,7 +142,7 @@ class FusedExpertsCase:
         scales = {"fp8_block": weights / 128**2, "bf16": 0, "fp8_token-channel": rows, "int8_token-channel": rows}.get(
             self.format, 2
         )
-        expert = weights * (2 if self.format == "bf16" else 1) + 4 * scales
+        expert = weights * {"bf16": 2, "nvfp4": 9 / 16}.get(self.format, 1) + 4 * scales
         return round(hit * expert) + self.num_tokens * (4 * self.hidden_size + 8 * TOP_K)
 
 
@@ -182,7 +183,8 @@ def fused_experts_benchmarks() -> Iterator[FusedExpertsCase]:
         yield FusedExpertsCase(num_tokens, 128, 2048, 768)  # Qwen3-30B-A3B
     for num_tokens in (1, 4, 16):
         yield FusedExpertsCase(num_tokens, 256, 7168, 2048)  # DeepSeek-V3
-    for format in ("bf16", "fp8_token-channel", "fp8_tensor-expert", "fp8_tensor-expert-given", "int8_token-channel"):
+    eight_bits = ("fp8_token-channel", "fp8_tensor-expert", "fp8_tensor-expert-given", "int8_token-channel")
+    for format in ("bf16", *eight_bits, "nvfp4"):
         for num_tokens in (1, 2, 4, 8, 16, 32):
             yield FusedExpertsCase(num_tokens, 128, 2048, 768, format)
 
@@ -228,5 +230,6 @@ def few_tokens_tests() -> Iterator[FewTokensCase]:
         yield FewTokensCase(5, 3, 2, 2304, 256, format=format)
         yield FewTokensCase(12, 3, 2, 2304, 1152, "one_empty", format=format)
         yield FewTokensCase(2, 3, 2, 8192, 128, format=format)
+    yield FewTokensCase(7, 3, 2, 4224, 1152, format="nvfp4")  # rows in pieces, the last of one block
     yield FewTokensCase(16, 6, 4, 2048, 1088, format="bf16")
     yield FewTokensCase(5, 3, 2, 192, 320, format="bf16")  # odd multiples of 64

@@ -1,10 +1,12 @@
-"""The routed experts of a layer: our kernels for few tokens, vLLM's fused Triton path, CUTLASS without block scales.
+"""The routed experts of a layer: our kernels for few tokens, vLLM's fused Triton path, CUTLASS without block scales,
+Marlin with NVFP4 weights.
 
 With block scales engines differ in how they scale activations, by any fp32 or by a power of two; the check takes the
 nearer reference.
 """
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -38,8 +40,12 @@ from vllm_b200_plugin.ops.moe_few_tokens import (
     scratch_elements,
 )
 
+from vllm_b200_plugin.ops.nvfp4_experts import pack_w2, pack_w13, unpack_w2, unpack_w13
+from vllm_b200_plugin.ops.nvfp4_quant import e2m1_to_float
+
 OP = "fused_experts"
 FUSED_MOE = "vllm.model_executor.layers.fused_moe"
+QUANTIZATION = "vllm.model_executor.layers.quantization.utils.marlin_utils_fp4"
 BLOCK = (GROUP, GROUP)
 CHECKED_TOKENS = 4
 cases = fused_experts_benchmarks
@@ -49,12 +55,12 @@ GIVEN = {"x_scale": 2.0**-6, "hidden_scale": 2.0**-9}
 
 
 def record(case: FusedExpertsCase) -> dict[str, Any]:
-    scales = "" if case.format in ("bf16", "fp8_block") else f"-{case.format.split('_')[1]}"
+    scales = f"-{case.format.split('_')[1]}" if "_" in case.format and case.format != "fp8_block" else ""
     return {
         "m": case.num_tokens,
         "n": case.intermediate_size,
         "k": case.hidden_size,
-        "dtype": {"bf16": "bf16", "int8": "int8"}.get(case.format[:4], "e4m3"),
+        "dtype": {"bf16": "bf16", "int8": "int8", "nvfp": "bf16_e2m1"}.get(case.format[:4], "e4m3"),
         "layout": case.experts_name + scales,
         "bytes": case.num_bytes,
         "flops": case.flops,
@@ -64,18 +70,32 @@ def record(case: FusedExpertsCase) -> dict[str, Any]:
 def _operands(case: FusedExpertsCase, seed: int) -> tuple[torch.Tensor | None, ...]:
     """x, w13 and its scale, w2 and its scale, and for each token the weights and ids of TOP_K distinct experts."""
     rng = generator(seed)
-    experts, hidden, intermediate = case.num_experts, case.hidden_size, case.intermediate_size
-    x = normal((case.num_tokens, hidden), rng)
-    w13 = _weight((experts, 2 * intermediate, hidden), case.format, rng)
-    w2 = _weight((experts, hidden, intermediate), case.format, rng)
+    x, w13, w2 = _loaded(case, rng)
+    if case.format == "nvfp4":
+        w13, w2 = ((pack(*w[:2]), w[2]) for pack, w in ((pack_w13, w13), (pack_w2, w2)))
     scores = torch.rand(case.num_tokens, experts, generator=rng, device=families.device)
     weights, ids = scores.topk(TOP_K)
     return x, *w13, *w2, weights / weights.sum(1, keepdim=True), ids.int()
 
 
-def _weight(shape: tuple[int, int, int], format: str, rng: torch.Generator) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _loaded(case: FusedExpertsCase, rng: torch.Generator) -> tuple[Any, Any, Any]:
+    """x, and w13 and w2 as a checkpoint has them, each with its scale or scales."""
+    experts, hidden, intermediate = case.num_experts, case.hidden_size, case.intermediate_size
+    x = normal((case.num_tokens, hidden), rng)
+    w13 = _weight((experts, 2 * intermediate, hidden), case.format, rng)
+    return x, w13, _weight((experts, hidden, intermediate), case.format, rng)
+
+
+def _weight(shape: tuple[int, int, int], format: str, rng: torch.Generator) -> tuple[torch.Tensor | None, ...]:
     if format == "bf16":
         return normal(shape, rng).div_(shape[2] ** 0.5), None
+    if format == "nvfp4":
+        experts, rows, columns = shape
+        packed = (experts, rows, columns // 2)
+        bits = torch.randint(0, 256, packed, generator=rng, device=families.device, dtype=torch.uint8)
+        scale = torch.rand((experts, rows, columns // 16), generator=rng, device=families.device).mul_(384).add_(64)
+        global_scale = torch.full((experts,), 1e-3 / columns**0.5, device=families.device)
+        return bits, scale.to(torch.float8_e4m3fn), global_scale
     if format == "fp8_block":
         return fp8_block_weight(shape, rng)
     scale = powers_of_two(shape[: 2 if "channel" in format else 1], -13, -11, rng)
@@ -106,6 +126,8 @@ def ours(case: FusedExpertsCase, seed: int) -> Run:
 def _quant_config(case: FusedExpertsCase, w13_scale: Any, w2_scale: Any) -> Any:
     if case.format == "bf16":
         return None
+    if case.format == "nvfp4":
+        raise Missing("vLLM's Triton experts do not take NVFP4")
     make = peer(f"{FUSED_MOE}.config", "fp8_w8a8_moe_quant_config")
     if case.format == "fp8_block":
         return make(w1_scale=w13_scale, w2_scale=w2_scale, block_shape=list(BLOCK))
@@ -130,7 +152,7 @@ def vllm_triton(case: FusedExpertsCase, seed: int) -> Run:
 
 def vllm_cutlass(case: FusedExpertsCase, seed: int) -> Run:
     """What vLLM's CutlassExpertsFp8 does, with the quantisation before it."""
-    if case.format in ("bf16", "fp8_block", "int8_token-channel"):
+    if case.format in ("bf16", "fp8_block", "int8_token-channel", "nvfp4"):
         raise Missing("vLLM's CUTLASS takes FP8 with a scale for each channel or expert")
     experts = peer(f"{FUSED_MOE}.experts.cutlass_moe", "run_cutlass_moe_fp8")
     make_scratch = peer(f"{FUSED_MOE}.moe_permute_unpermute", "get_moe_permute_scratch")
@@ -157,10 +179,42 @@ def vllm_cutlass(case: FusedExpertsCase, seed: int) -> Run:
     return Run(call, (out,))
 
 
+def vllm_marlin(case: FusedExpertsCase, seed: int) -> Run:
+    """What vLLM runs for NVFP4 on Hopper, on weights that it has prepared."""
+    if case.format != "nvfp4":
+        raise Missing("Marlin is what vLLM takes for NVFP4 alone")
+    prepare = peer(QUANTIZATION, "prepare_nvfp4_moe_layer_for_marlin")
+    experts = peer(f"{FUSED_MOE}.experts.marlin_moe", "fused_marlin_moe")
+    moe_sum = peer("vllm._custom_ops", "moe_sum")
+    type_id = peer("vllm.scalar_type", "scalar_types").float4_e2m1f.id
+    *_, weights, ids = _operands(case, seed)
+    x, (w13, w13_scale, w13_factor), (w2, w2_scale, w2_factor) = _loaded(case, generator(seed))
+    layer = SimpleNamespace(
+        num_experts=case.num_experts, hidden_size=case.hidden_size, params_dtype=torch.bfloat16,
+        intermediate_size_per_partition=case.intermediate_size,
+    )  # fmt: skip
+    w13, w13_scale, w13_factor, w2, w2_scale, w2_factor = prepare(
+        layer, w13, w13_scale, w13_factor, w2, w2_scale, w2_factor, is_act_and_mul=True
+    )
+    out = torch.empty_like(x)
+    widest = max(2 * case.intermediate_size, case.hidden_size)
+    space = [x.new_empty(case.num_tokens * TOP_K, size) for size in (widest, case.intermediate_size)]
+
+    def call() -> None:
+        experts(
+            x, w13, w2, None, None, w13_scale, w2_scale, weights, ids, type_id, global_num_experts=case.num_experts,
+            moe_sum=lambda parts, total, *_: moe_sum(parts, total), global_scale1=w13_factor, global_scale2=w2_factor,
+            intermediate_cache13=space[0], intermediate_cache2=space[1], output=out,
+        )  # fmt: skip
+
+    return Run(call, (out,))
+
+
 IMPLEMENTATIONS: dict[str, Callable[[FusedExpertsCase, int], Run]] = {
     "ours": ours,
     "vllm_triton": vllm_triton,
     "vllm_cutlass": vllm_cutlass,
+    "vllm_marlin": vllm_marlin,
 }
 
 
@@ -182,23 +236,29 @@ def reference(
     x, w13, w13_scale, w2, w2_scale, weights, ids = operands
     given = _given(case)
     values = _quantised(x[tokens], case.format, given.get("x_scale"), ue8m0)
-    hidden = x.new_empty(len(tokens), TOP_K, w2.shape[2])
+    hidden = x.new_empty(len(tokens), TOP_K, case.intermediate_size)
     for row, token in enumerate(tokens.tolist()):
         for slot, expert in enumerate(ids[token].tolist()):
-            gate, up = (_dequantised(w13, w13_scale, expert) @ values[row]).bfloat16().chunk(2)
+            gate, up = (_dequantised(w13, w13_scale, expert, unpack_w13) @ values[row]).bfloat16().chunk(2)
             hidden[row, slot] = (torch.nn.functional.silu(gate.double()) * up.double()).bfloat16()
     values = _quantised(hidden.flatten(0, 1), case.format, given.get("hidden_scale"), ue8m0).view(hidden.shape)
     out = torch.zeros(len(tokens), x.shape[1], dtype=torch.float64, device=x.device)
     for row, token in enumerate(tokens.tolist()):
         for slot, (weight, expert) in enumerate(zip(weights[token].double(), ids[token].tolist(), strict=True)):
-            out[row] += weight * (_dequantised(w2, w2_scale, expert) @ values[row, slot])
+            out[row] += weight * (_dequantised(w2, w2_scale, expert, unpack_w2) @ values[row, slot])
     return out
 
 
-def _dequantised(weight: torch.Tensor, scale: torch.Tensor | None, expert: int) -> torch.Tensor:
-    """One expert's weight in float64."""
+def _dequantised(
+    weight: torch.Tensor, scale: torch.Tensor | None, expert: int,
+    unpack: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
+) -> torch.Tensor:  # fmt: skip
+    """One expert's weight in float64. unpack: that of NVFP4."""
     if scale is None:
         return weight[expert].double()
+    if weight.dtype == torch.uint8:
+        (q,), (group_scale,) = unpack(weight[expert : expert + 1])
+        return e2m1_to_float(q).double() * group_scale.double().repeat_interleave(16, 1) * scale[expert].double()
     if scale.dim() == 3:
         return dequantise(weight[expert], scale[expert], BLOCK)
     return weight[expert].double() * scale[expert].double().view(-1, 1)
@@ -206,7 +266,7 @@ def _dequantised(weight: torch.Tensor, scale: torch.Tensor | None, expert: int) 
 
 def _quantised(x: torch.Tensor, format: str, given: torch.Tensor | None, ue8m0: bool) -> torch.Tensor:
     """What the rows stand for after quantisation, in float64; fp32 arithmetic, on any device."""
-    if format == "bf16":
+    if format in ("bf16", "nvfp4"):
         return x.double()
     if format == "fp8_block":
         return dequantise(*quantise_groups(x, ue8m0))

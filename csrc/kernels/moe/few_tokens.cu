@@ -38,10 +38,9 @@ int tokens_of_a_launch(FewTokensMoeParams p, const Device& device) {
   return p.num_tokens;
 }
 
-// Buffers of a ring. Measured on an H200 with experts of 2048x768: more do not help, fewer leave the memory idle.
 template <typename Layout>
 int choose_stages(const FewTokensMoeParams& p, const Device& device) {
-  int stages = 2 * kTeams;
+  int stages = Layout::F::kStages;
   while (stages > 1 && Layout(p, stages).end > device.shared_per_block) stages /= 2;
   return stages;
 }
@@ -100,6 +99,7 @@ cudaError_t few_tokens_moe(const FewTokensMoeParams& params, cudaStream_t stream
     case ExpertFormat::kFp8Token: return launch_all<Scales::kTokens>(params, stream);
     case ExpertFormat::kFp8Tensor: return launch_all<Scales::kTensors>(params, stream);
     case ExpertFormat::kInt8Token: return launch_all<Scales::kInt8Tokens>(params, stream);
+    case ExpertFormat::kNvFp4: return launch_all<Scales::kNvFp4>(params, stream);
   }
   return cudaErrorInvalidValue;
 }

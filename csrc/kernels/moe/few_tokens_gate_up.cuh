@@ -1,6 +1,6 @@
 #pragma once
 
-#include "few_tokens.cuh"
+#include "few_tokens_nvfp4.cuh"
 
 namespace vllm_b200 {
 
@@ -8,7 +8,9 @@ constexpr int kGateUpWarps = 8;  // besides the one that fetches
 constexpr int kGateUpThreads = 32 * kGateUpWarps;
 constexpr int kGateUpRegisters = 128;  // no format needs more
 constexpr int kTeamWarps = kGateUpWarps / kTeams, kTeamThreads = 32 * kTeamWarps;
-using GateUpRows = RowChunks<16>;
+
+template <Scales kScales>
+using GateUpRows = RowChunks<Format<kScales>::kGateUpBlocks, Format<kScales>::kTileBytes>;
 
 __device__ __forceinline__ float silu(float x) { return __fdividef(x, 1.0f + __expf(-x)); }
 __device__ __forceinline__ float rounded(float x) { return __bfloat162float(__float2bfloat16_rn(x)); }
@@ -17,7 +19,7 @@ __device__ __forceinline__ float rounded(float x) { return __bfloat162float(__fl
 template <Scales kScales>
 struct GateUpLayout {
   using F = Format<kScales>;
-  GateUpRows rows;
+  GateUpRows<kScales> rows;
   int assignments, scales, maxima, partials, activations, ring, end;
 
   __host__ __device__ GateUpLayout(const FewTokensMoeParams& p, int stages) : rows(p.hidden_size / F::kBlock) {
@@ -26,7 +28,7 @@ struct GateUpLayout {
     maxima = scales + 4 * (F::kBlocks ? rows.blocks : 1) * p.num_tokens;
     partials = round_up(maxima + (F::kRowScales ? 4 * p.num_tokens * p.top_k : 0), 16);
     activations = partials + 2 * kGateUpThreads * 16 * (p.num_tokens > kTileTokens ? 2 : 1);
-    ring = round_up(activations + p.num_tokens * rows.blocks * kBlockBytes, 128);
+    ring = round_up(activations + p.num_tokens * rows.blocks * F::kXBytes, 128);
     end = ring + stages * rows.stage_bytes();
   }
 };
@@ -47,7 +49,7 @@ struct Cursor {
 template <Scales kScales>
 struct TileScales {
   struct Value {};
-  __device__ TileScales(const FewTokensMoeParams&, const GateUpRows&, int) {}
+  __device__ TileScales(const FewTokensMoeParams&, const GateUpRows<kScales>&, int) {}
   __device__ __forceinline__ Value load(const FewTokensMoeParams&, int, int) const { return {}; }
 };
 
@@ -60,7 +62,7 @@ struct TileScales<kScales> {
   bool has;
   const float* source;
 
-  __device__ TileScales(const FewTokensMoeParams& p, const GateUpRows& rows, int member) : blocks(rows.blocks) {
+  __device__ TileScales(const FewTokensMoeParams& p, const GateUpRows<kScales>& rows, int member) : blocks(rows.blocks) {
     const int lane = threadIdx.x % 32, block = member + lane / 2 * kTeamWarps;
     scale_rows = p.intermediate_size / kBlockBytes;
     has = block < rows.blocks;
@@ -79,7 +81,7 @@ template <Scales kScales>
 struct TileScales<kScales> {
   using Value = float2;
 
-  __device__ TileScales(const FewTokensMoeParams&, const GateUpRows&, int) {}
+  __device__ TileScales(const FewTokensMoeParams&, const GateUpRows<kScales>&, int) {}
   __device__ __forceinline__ float2 load(const FewTokensMoeParams& p, int expert, int column_tile) const {
     if (!p.row_scales) {
       const float scale = __ldg(p.w13_scale + expert);
@@ -92,17 +94,28 @@ struct TileScales<kScales> {
   }
 };
 
+// Of both rows.
+template <>
+struct TileScales<Scales::kNvFp4> {
+  using Value = float;
+
+  __device__ TileScales(const FewTokensMoeParams&, const GateUpRows<Scales::kNvFp4>&, int) {}
+  __device__ __forceinline__ float load(const FewTokensMoeParams& p, int expert, int) const {
+    return nvfp4_factor(p.w13_scale, expert);
+  }
+};
+
 // A tile is 8 rows of the gate and the 8 of the other half that belong to the same columns, so that a lane holds both
 // factors of silu(gate) * up, which it writes to `hidden`, by places (see Entry).
 template <Scales kScales, int kSets>
 __global__ void __maxnreg__(kGateUpRegisters) gate_up_kernel(const __grid_constant__ FewTokensMoeParams p, int stages) {
   using F = Format<kScales>;
   using Value = typename F::Value;
-  constexpr int kBatch = (F::kQuantised ? 2 : 4) * kSets;  // blocks of x that a lane loads at once
+  constexpr int kBatch = F::kNvFp4 ? 2 : (F::kQuantised ? 2 : 4) * kSets;  // blocks of x that a lane loads at once
   extern __shared__ __align__(128) uint8_t shared[];
   const int lane = threadIdx.x % 32, warp = warp_index(), group = lane / 4, quad = lane % 4;
   const GateUpLayout<kScales> layout(p, stages);
-  const GateUpRows rows = layout.rows;
+  const GateUpRows<kScales> rows = layout.rows;
   Ring ring = {shared_address(shared + layout.ring), shared_address(shared), stages, rows.stage_bytes()};
   Assignments assignments(shared + layout.assignments, p);
   float* const scales = reinterpret_cast<float*>(shared + layout.scales);
@@ -147,11 +160,20 @@ __global__ void __maxnreg__(kGateUpRegisters) gate_up_kernel(const __grid_consta
 
   if (warp == kGateUpWarps) {
     if (!elect_lane()) return;
-    WeightStream weights(ring);
+    WeightStream<F::kAhead> weights(ring);
     const int pitch = p.hidden_size * sizeof(Value);
     const int64_t half = int64_t{p.intermediate_size} * pitch;
 #pragma unroll 1
     for (Cursor at(begin, expert_tiles); at.tile < end; at.advance(expert_tiles)) {
+      if constexpr (F::kNvFp4) {
+        const int64_t tile = int64_t{assignments[at.entry].expert} * expert_tiles + at.column_tile;
+        const uint8_t* const first = static_cast<const uint8_t*>(p.w13) + tile * rows.blocks * F::kTileBytes;
+#pragma unroll 1
+        for (int chunk = 0; chunk < rows.chunks; ++chunk) {
+          weights.fetch(first + chunk * rows.stage_bytes(), rows.blocks_of(chunk) * F::kTileBytes);
+        }
+        continue;
+      }
       const uint8_t* const first = static_cast<const uint8_t*>(p.w13) + 2 * assignments[at.entry].expert * half +
                                    int64_t{at.column_tile} * (kRows / 2) * pitch;
 #pragma unroll 1
@@ -206,7 +228,7 @@ __global__ void __maxnreg__(kGateUpRegisters) gate_up_kernel(const __grid_consta
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
       const int p_i = pair + 8 * kGateUpWarps * i, token = p_i % p.num_tokens;
-      uint8_t* const destination = shared + layout.activations + p_i * kBlockBytes;
+      uint8_t* const destination = shared + layout.activations + p_i * F::kXBytes;
       if constexpr (F::kBlocks) {
         const float s = x[i].quantize(destination, token, p_i < pairs);
         if (quad == 0 && p_i < pairs) scales[p_i] = s;
@@ -230,7 +252,7 @@ __global__ void __maxnreg__(kGateUpRegisters) gate_up_kernel(const __grid_consta
 #pragma unroll
   for (int set = 0; set < kSets; ++set) {
     const int token = min(8 * set + group, last);
-    column_of[set] = shared_address(shared + layout.activations) + (member * p.num_tokens + token) * kBlockBytes +
+    column_of[set] = shared_address(shared + layout.activations) + (member * p.num_tokens + token) * F::kXBytes +
                      shared_half(token, 0) + quad * 16;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -262,7 +284,7 @@ __global__ void __maxnreg__(kGateUpRegisters) gate_up_kernel(const __grid_consta
 #pragma unroll kSets == 1 ? 2 : 1
       for (int block = member; block < blocks; block += kTeamWarps, ++mine) {
         WeightBlock<Value> w;
-        w.load(weights + block * kBlockBytes + WeightBlock<Value>::lane_offset(pitch), pitch);
+        w.load(weights + block * WeightBlock<Value>::kStep + WeightBlock<Value>::lane_offset(pitch), pitch);
         const int offset = mine * kTeamWarps * p.num_tokens;
         float gate_scale, up_scale;
         if constexpr (F::kBlocks) {
@@ -271,8 +293,13 @@ __global__ void __maxnreg__(kGateUpRegisters) gate_up_kernel(const __grid_consta
         }
 #pragma unroll
         for (int set = 0; set < kSets; ++set) {
-          const uint32_t address = column_of[set] + offset * kBlockBytes;
-          const uint4 column[2] = {load_shared(address), load_shared(address + other_half(set))};
+          const uint32_t address = column_of[set] + offset * F::kXBytes;
+          uint4 column[F::kXLoads];
+#pragma unroll
+          for (int i = 0; i < F::kXLoads; i += 2) {
+            column[i] = load_shared(address + i * (kBlockBytes / 2));
+            column[i + 1] = load_shared(address + i * (kBlockBytes / 2) + other_half(set));
+          }
           if constexpr (F::kBlocks) {
             const float x0 = column_scales[set][0][offset], x1 = column_scales[set][1][offset];
             float product[4];
@@ -303,7 +330,9 @@ __global__ void __maxnreg__(kGateUpRegisters) gate_up_kernel(const __grid_consta
     // The members take turns to add up; the others go on with the next tile.
     if (member == turn % kTeamWarps) {
       const Entry entry = assignments[current.entry];
-      Bf16* const hidden = static_cast<Bf16*>(p.hidden) + current.column_tile * (kRows / 2) + group;
+      const int hidden_column =
+          F::kNvFp4 ? nvfp4_hidden_column(current.column_tile, group) : current.column_tile * (kRows / 2) + group;
+      Bf16* const hidden = static_cast<Bf16*>(p.hidden) + hidden_column;
 #pragma unroll
       for (int set = 0; set < kSets; ++set) {
         if (kSets > 1 && (entry.tokens >> 8 * set & 0xff) == 0) continue;
@@ -321,6 +350,8 @@ __global__ void __maxnreg__(kGateUpRegisters) gate_up_kernel(const __grid_consta
           if constexpr (F::kRowScales) {
             gate = gate * row_scales[set][i] * scale.x;
             up = up * row_scales[set][i] * scale.y;
+          } else if constexpr (F::kNvFp4) {
+            gate *= scale, up *= scale;
           }
           const int place = entry.place(token);
           const Bf16 value = __float2bfloat16_rn(silu(rounded(gate)) * rounded(up));
