@@ -36,7 +36,9 @@ def test_where_a_lane_looks(pack):
     bytes_of_tile = tiles[expert, tile, block]
     for lane in (0, 3, 4, 18, 31):
         row, quad = divmod(lane, 4)
-        rows = (8 * tile + row, ROWS // 2 + 8 * tile + row) if pack is pack_w13 else (16 * tile + row, 16 * tile + row + 8)
+        rows = (
+            (8 * tile + row, ROWS // 2 + 8 * tile + row) if pack is pack_w13 else (16 * tile + row, 16 * tile + row + 8)
+        )
         for half, own in enumerate(rows):
             first = (128 * block + 32 * quad) // 2
             at = 512 * half + 16 * lane

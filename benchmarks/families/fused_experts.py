@@ -39,7 +39,6 @@ from vllm_b200_plugin.ops.moe_few_tokens import (
     few_tokens_refusal,
     scratch_elements,
 )
-
 from vllm_b200_plugin.ops.nvfp4_experts import pack_w2, pack_w13, unpack_w2, unpack_w13
 from vllm_b200_plugin.ops.nvfp4_quant import e2m1_to_float
 
@@ -73,7 +72,7 @@ def _operands(case: FusedExpertsCase, seed: int) -> tuple[torch.Tensor | None, .
     x, w13, w2 = _loaded(case, rng)
     if case.format == "nvfp4":
         w13, w2 = ((pack(*w[:2]), w[2]) for pack, w in ((pack_w13, w13), (pack_w2, w2)))
-    scores = torch.rand(case.num_tokens, experts, generator=rng, device=families.device)
+    scores = torch.rand(case.num_tokens, case.num_experts, generator=rng, device=families.device)
     weights, ids = scores.topk(TOP_K)
     return x, *w13, *w2, weights / weights.sum(1, keepdim=True), ids.int()
 

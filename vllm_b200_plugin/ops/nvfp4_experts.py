@@ -74,9 +74,7 @@ def _check(name: str, weight: torch.Tensor, scale: torch.Tensor) -> None:
         )
     expected = (*weight.shape[:2], 2 * weight.shape[2] // GROUP_SIZE)
     if scale.dtype != torch.float8_e4m3fn or tuple(scale.shape) != expected:
-        raise ValueError(
-            f"{name}_scale: takes {expected} of float8_e4m3fn, got {tuple(scale.shape)} of {scale.dtype}"
-        )
+        raise ValueError(f"{name}_scale: takes {expected} of float8_e4m3fn, got {tuple(scale.shape)} of {scale.dtype}")
 
 
 def _pack(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
