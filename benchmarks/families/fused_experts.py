@@ -1,5 +1,5 @@
 """The routed experts of a layer: our kernels for few tokens, vLLM's fused Triton path, CUTLASS without block scales,
-Marlin with NVFP4 weights.
+Marlin and Humming with NVFP4 weights.
 
 With block scales engines differ in how they scale activations, by any fp32 or by a power of two; the check takes the
 nearer reference.
@@ -45,6 +45,7 @@ from vllm_b200_plugin.ops.nvfp4_quant import e2m1_to_float
 OP = "fused_experts"
 FUSED_MOE = "vllm.model_executor.layers.fused_moe"
 QUANTIZATION = "vllm.model_executor.layers.quantization.utils.marlin_utils_fp4"
+COMPRESSED = "vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe"
 BLOCK = (GROUP, GROUP)
 CHECKED_TOKENS = 4
 cases = fused_experts_benchmarks
@@ -209,11 +210,77 @@ def vllm_marlin(case: FusedExpertsCase, seed: int) -> Run:
     return Run(call, (out,))
 
 
+def vllm_humming(case: FusedExpertsCase, seed: int) -> Run:
+    """What vLLM prefers to Marlin on Hopper where humming-kernels is installed: its method for such a layer."""
+    if case.format != "nvfp4":
+        raise Missing("Humming is what vLLM takes for NVFP4 alone")
+    peer("humming", "__version__")
+    scheme = f"{COMPRESSED}.compressed_tensors_moe_w4a4_nvfp4"
+    method_class = peer(scheme, "CompressedTensorsW4A4Nvfp4MoEMethod")
+    silu = peer(f"{FUSED_MOE}.activation", "MoEActivation").SILU
+    *_, weights, ids = _operands(case, seed)
+    x, *loaded = _loaded(case, generator(seed))
+    config = _moe_config(case, silu)
+    kind = peer(f"{FUSED_MOE}.routed_experts", "RoutedExperts")
+    layer = object.__new__(kind)
+    torch.nn.Module.__init__(layer)
+    layer.moe_config, layer.layer_name, layer.activation = config, "experts", silu
+    layer._expert_routing_tables = lambda: None
+    vllm_config = peer("vllm.config", "VllmConfig")()
+    with peer("vllm.config", "set_current_vllm_config")(vllm_config):
+        method = method_class(config, "experts", use_a16=True)
+        sizes = (case.num_experts, case.hidden_size, case.intermediate_size)
+        with families.device:
+            method.create_weights(layer, *sizes, torch.bfloat16)
+        for part, (weight, scale, factor) in zip(("w13", "w2"), loaded, strict=True):
+            getattr(layer, f"{part}_weight_packed").data = weight
+            getattr(layer, f"{part}_weight_scale").data = scale
+            stored = getattr(layer, f"{part}_weight_global_scale")
+            stored.data = (1 / factor).view(-1, 1).expand(-1, stored.numel() // len(factor)).reshape(stored.shape)
+            getattr(layer, f"{part}_input_global_scale").data.fill_(1.0)
+        method.process_weights_after_loading(layer)
+    manager = peer("vllm.v1.worker.workspace", "init_workspace_manager")
+    manager(families.device)
+    context = peer("vllm.forward_context", "set_forward_context")
+
+    def call() -> torch.Tensor:
+        with context(None, vllm_config):
+            return method.moe_kernel.apply(
+                x, layer.w13_weight, layer.w2_weight, weights, ids, silu, case.num_experts, None, False
+            )
+
+    return Returned(call)
+
+
+def _moe_config(case: FusedExpertsCase, activation: Any) -> Any:
+    """vLLM's description of such a layer on one GPU, with Humming asked for."""
+    parallel = peer(f"{FUSED_MOE}.config", "FusedMoEParallelConfig")
+    one = {f"{kind}_size": 1 for kind in ("tp", "pcp", "dp", "ep", "sp")}
+    ranks = {f"{kind}_rank": 0 for kind in ("tp", "pcp", "dp", "ep")}
+    return peer(f"{FUSED_MOE}.config", "FusedMoEConfig")(
+        num_experts=case.num_experts,
+        experts_per_token=TOP_K,
+        hidden_dim=case.hidden_size,
+        intermediate_size=case.intermediate_size,
+        num_local_experts=case.num_experts,
+        num_logical_experts=case.num_experts,
+        activation=activation,
+        device=families.device.type,
+        in_dtype=torch.bfloat16,
+        routing_method=peer(f"{FUSED_MOE}.config", "RoutingMethodType").Renormalize,
+        moe_parallel_config=parallel(
+            **one, **ranks, use_ep=False, all2all_backend="allgather_reducescatter", enable_eplb=False
+        ),
+        moe_backend="humming",
+    )
+
+
 IMPLEMENTATIONS: dict[str, Callable[[FusedExpertsCase, int], Run]] = {
     "ours": ours,
     "vllm_triton": vllm_triton,
     "vllm_cutlass": vllm_cutlass,
     "vllm_marlin": vllm_marlin,
+    "vllm_humming": vllm_humming,
 }
 
 
