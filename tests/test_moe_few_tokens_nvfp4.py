@@ -15,7 +15,6 @@ from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tenso
 from vllm_b200_plugin.integration import moe_few_tokens as ours
 from vllm_b200_plugin.ops.moe_few_tokens import ExpertFormat
 from vllm_b200_plugin.ops.nvfp4_experts import pack_w13, pack_w2
-dispatch.FEW_TOKENS_MOE["nvfp4"] = 16 if {measured} else 0
 
 def q(*shape):
     return torch.randint(0, 256, (*shape[:2], shape[2] // 2), generator=rng, dtype=torch.uint8)
@@ -48,12 +47,12 @@ def made(fmt="compressed", **changes):
                 moe, modelopt.kNvfp4Static, modelopt.kNvfp4Dynamic)
             for part in ("w13", "w2"):
                 for name in ("weight", "weight_scale", "weight_scale_2", "input_scale"):
-                    module.register_parameter(f"{{part}}_{{name}}", torch.nn.Parameter(torch.ones(E), False))
+                    module.register_parameter(f"{part}_{name}", torch.nn.Parameter(torch.ones(E), False))
             names, stored = ("weight", "weight_scale", "weight_scale_2"), lambda f: f
     for part in ("w13", "w2"):
         factor = factors[part].unsqueeze(1).expand(E, 2).contiguous() if part == "w13" else factors[part]
         for name, value in zip(names, (*loaded[part], stored(factor))):
-            getattr(module, f"{{part}}_{{name}}").data = value
+            getattr(module, f"{part}_{name}").data = value
     module.quant_method, module.moe_config, module._expert_routing_tables = method, moe, lambda: None
     return module, method
 
@@ -82,51 +81,42 @@ def check(fmt):
     choices = [ours.choice(module, num_tokens).kernel for num_tokens in (1, 17)]
     return same, seen, type(kernel.fused_experts).__name__, *choices
 
-results = {{}}
-module, method = made()
-process(module, method)
-results["keeps"] = module.b200_w13 is not None, [k for k in module.state_dict() if k.startswith("b200")]
-results["class"] = type(method.moe_kernel.fused_experts).__name__
-if {measured}:
-    results["checks"] = {{fmt: check(fmt) for fmt in ("compressed", "modelopt")}}
-    for what, changes in dict(gelu=dict(activation=MoEActivation.GELU), LoRA=dict(is_lora_enabled=True),
-            eplb=dict(parallel=dict(enable_eplb=True))).items():
-        module, method = made(**changes)
-        process(module, method)
-        results[what] = module.b200_w13 is not None
-    humming = nvfp4.backend_to_kernel_cls(nvfp4.NvFp4MoeBackend.HUMMING)
-    results["humming"] = [cls.__name__ for cls in humming]
-    cutlass = nvfp4.backend_to_kernel_cls(nvfp4.NvFp4MoeBackend.VLLM_CUTLASS)
-    results["others"] = [cls.__name__ for cls in cutlass]
+results = {}
+def keeps(**changes):
+    module, method = made(**changes)
+    name = type(process(module, method).fused_experts).__name__
+    return module.b200_w13 is not None, [key for key in module.state_dict() if key.startswith("b200")], name
+
+dispatch.FEW_TOKENS_MOE["nvfp4"] = 0
+results["not measured"] = keeps()
+dispatch.FEW_TOKENS_MOE["nvfp4"] = 16
+results["plain"] = keeps()
+results["gelu"] = keeps(activation=MoEActivation.GELU)
+results["LoRA"] = keeps(is_lora_enabled=True)
+results["eplb"] = keeps(parallel=dict(enable_eplb=True))
+results["checks"] = {fmt: check(fmt) for fmt in ("compressed", "modelopt")}
+for backend in ("HUMMING", "VLLM_CUTLASS"):
+    results[backend] = [cls.__name__ for cls in nvfp4.backend_to_kernel_cls(nvfp4.NvFp4MoeBackend[backend])]
 print(json.dumps([results, lines, plugin.results()["nvfp4_moe_few_tokens"], torch.cuda.is_initialized()]))
 """
 OURS = "B200FewTokensMarlinExperts"
 
 
-def ask(measured: bool):
-    body = BODY.replace("{{", "{").replace("}}", "}").replace("{measured}", str(measured))
-    settings = {"VLLM_B200_STRICT": "1", "VLLM_B200_ENABLE": "nvfp4_moe_few_tokens"}
-    return answer(CODE.format(capability=(9, 0), body=body), **settings)
-
-
 def test_ours_take_few_tokens_from_a_layout_of_their_own():
-    results, lines, state, cuda = ask(True)
+    settings = {"VLLM_B200_STRICT": "1", "VLLM_B200_ENABLE": "nvfp4_moe_few_tokens"}
+    results, lines, state, cuda = answer(CODE.format(capability=(9, 0), body=BODY), **settings)
     assert state == "applied" and not cuda
-    assert results["keeps"] == [True, []] and results["class"] == OURS
+    assert results["plain"] == [True, [], OURS]
+    for refused in ("not measured", "gelu", "LoRA", "eplb"):
+        assert results[refused] == [False, [], "MarlinExperts"], refused
     for fmt, (same, seen, name, few, many) in results["checks"].items():
         assert same == [True, True, False] and name == OURS, fmt
         assert seen == [["torch.bfloat16", True]], fmt
         assert few == "few_tokens" and many == "MarlinExperts", fmt
-    assert not any(results[refused] for refused in ("gelu", "LoRA", "eplb"))
-    assert results["humming"] == [
+    assert results["HUMMING"] == [
         "BatchedHummingGroupedExperts",
         "B200FewTokensHummingGroupedExperts",
         "B200FewTokensHummingIndexedExperts",
     ]
-    assert results["others"] == ["CutlassExpertsFp4"]
+    assert results["VLLM_CUTLASS"] == ["CutlassExpertsFp4"]
     assert any("our two kernels up to 16 tokens" in line and "MarlinExperts" in line for line in lines)
-
-
-def test_nothing_is_kept_before_it_is_measured():
-    results, *_ = ask(False)
-    assert results["keeps"] == [False, []] and results["class"] == "MarlinExperts"

@@ -47,12 +47,8 @@ struct Format {
   static constexpr int kTileBytes = kNvFp4 ? kNvFp4TileBytes : kRows * kBlockBytes;  // of a block of weights
   // Of a row of w2, that a warp of down_kernel has in hand at once.
   static constexpr int kWarpBlocks = kQuantised || kNvFp4 ? 1 : 2;
-  // Of a row of w13, that come at once.
-  static constexpr int kGateUpBlocks = kNvFp4 ? 32 : 16;
-  // Buffers of a ring, and how many of them a thread asks for before the first has come. Measured on an H200 with
-  // experts of 2048x768: more do not help and keep others' requests waiting, fewer leave the memory idle.
-  static constexpr int kStages = kNvFp4 ? 8 : 4;
-  static constexpr int kAhead = kNvFp4 ? 4 : 2;
+  // Of gate_up_kernel. Widening e2m1 keeps more warps busy than the memory alone would.
+  static constexpr int kGateUpTeams = kNvFp4 ? 3 : kTeams;
 };
 
 __host__ __device__ constexpr int round_up(int value, int multiple) {
@@ -74,8 +70,10 @@ struct RowChunks {
   __host__ __device__ int stage_bytes() const { return kTileBytes * largest(); }
 };
 
-// What a thread asks for, buffer by buffer of a ring: no more than kAhead are on their way.
-template <int kAhead>
+// What a thread asks for, buffer by buffer of a ring: no more than kAhead are on their way. More take no less time and
+// keep others' requests waiting.
+constexpr int kAhead = 2;
+
 struct WeightStream {
   Ring ring;
   Ring arrived = ring;  // kAhead buffers behind

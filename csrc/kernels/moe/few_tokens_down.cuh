@@ -4,8 +4,10 @@
 
 namespace vllm_b200 {
 
-// Of a thread, for the 18 warps that rows of w2 of 1024 and more bytes take.
-constexpr int kDownRegisters = 96;
+// Of a thread, for the 18 warps that rows of w2 of 1024 and more bytes take. With NVFP4 and few tokens blocks of both
+// kernels fit onto an SM, and the first weights of this one come while the other still runs.
+template <Scales kScales, int kSets>
+constexpr int kDownRegisters = Format<kScales>::kNvFp4 && kSets == 1 ? 72 : 96;
 
 // Each warp of a team has Format::kWarpBlocks blocks of a chunk.
 template <Scales kScales>
@@ -22,6 +24,7 @@ struct DownRows : RowChunks<8 * Format<kScales>::kWarpBlocks, Format<kScales>::k
 template <Scales kScales>
 struct DownLayout {
   using F = Format<kScales>;
+  static constexpr int kStages = 2 * kTeams;
   DownRows<kScales> rows;
   int assignments, w_scales, x_scales, maxima, activations, ring, end;
 
@@ -63,7 +66,7 @@ __device__ __forceinline__ uint32_t largest_of(const FewTokensMoeParams& p, int 
 // their order, so that a row's sum runs in one order whatever else is in the batch. It starts where blocks of
 // gate_up_kernel have ended, and fetches its first weights.
 template <Scales kScales, int kSets>
-__global__ void __maxnreg__(kDownRegisters) down_kernel(const __grid_constant__ FewTokensMoeParams p, int stages) {
+__global__ void __maxnreg__((kDownRegisters<kScales, kSets>)) down_kernel(const __grid_constant__ FewTokensMoeParams p, int stages) {
   using F = Format<kScales>;
   using Value = typename F::Value;
   using Layout = DownLayout<kScales>;
@@ -93,7 +96,7 @@ __global__ void __maxnreg__(kDownRegisters) down_kernel(const __grid_constant__ 
 
   if (warp >= warps) {
     if (!elect_lane()) return;
-    WeightStream<F::kAhead> weights(ring);
+    WeightStream weights(ring);
     const int pitch = p.intermediate_size * sizeof(Value);
 #pragma unroll 1
     for (int chunk = 0; chunk < rows.chunks; ++chunk) {

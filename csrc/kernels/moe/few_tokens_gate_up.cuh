@@ -4,13 +4,17 @@
 
 namespace vllm_b200 {
 
-constexpr int kGateUpWarps = 8;  // besides the one that fetches
-constexpr int kGateUpThreads = 32 * kGateUpWarps;
 constexpr int kGateUpRegisters = 128;  // no format needs more
-constexpr int kTeamWarps = kGateUpWarps / kTeams, kTeamThreads = 32 * kTeamWarps;
+constexpr int kTeamWarps = 4, kTeamThreads = 32 * kTeamWarps;
+
+// Besides the warp that fetches.
+template <Scales kScales>
+constexpr int kGateUpWarps = kTeamWarps * Format<kScales>::kGateUpTeams;
+template <Scales kScales>
+constexpr int kGateUpThreads = 32 * kGateUpWarps<kScales>;
 
 template <Scales kScales>
-using GateUpRows = RowChunks<Format<kScales>::kGateUpBlocks, Format<kScales>::kTileBytes>;
+using GateUpRows = RowChunks<16, Format<kScales>::kTileBytes>;
 
 __device__ __forceinline__ float silu(float x) { return __fdividef(x, 1.0f + __expf(-x)); }
 __device__ __forceinline__ float rounded(float x) { return __bfloat162float(__float2bfloat16_rn(x)); }
@@ -19,6 +23,7 @@ __device__ __forceinline__ float rounded(float x) { return __bfloat162float(__fl
 template <Scales kScales>
 struct GateUpLayout {
   using F = Format<kScales>;
+  static constexpr int kStages = 2 * F::kGateUpTeams;
   GateUpRows<kScales> rows;
   int assignments, scales, maxima, partials, activations, ring, end;
 
@@ -27,7 +32,7 @@ struct GateUpLayout {
     scales = round_up(assignments + Assignments::bytes(p), 16);
     maxima = scales + 4 * (F::kBlocks ? rows.blocks : 1) * p.num_tokens;
     partials = round_up(maxima + (F::kRowScales ? 4 * p.num_tokens * p.top_k : 0), 16);
-    activations = partials + 2 * kGateUpThreads * 16 * (p.num_tokens > kTileTokens ? 2 : 1);
+    activations = partials + 2 * kGateUpThreads<kScales> * 16 * (p.num_tokens > kTileTokens ? 2 : 1);
     ring = round_up(activations + p.num_tokens * rows.blocks * F::kXBytes, 128);
     end = ring + stages * rows.stage_bytes();
   }
@@ -111,6 +116,10 @@ template <Scales kScales, int kSets>
 __global__ void __maxnreg__(kGateUpRegisters) gate_up_kernel(const __grid_constant__ FewTokensMoeParams p, int stages) {
   using F = Format<kScales>;
   using Value = typename F::Value;
+  // Column i of the products is the tile's token i, not the batch's: an expert of many has few of 16, and one set of
+  // columns then.
+  constexpr bool kOwnColumns = F::kNvFp4 && kSets > 1;
+  constexpr int kWarps = kGateUpWarps<kScales>, kThreads = 32 * kWarps;
   constexpr int kBatch = F::kNvFp4 ? 2 : (F::kQuantised ? 2 : 4) * kSets;  // blocks of x that a lane loads at once
   extern __shared__ __align__(128) uint8_t shared[];
   const int lane = threadIdx.x % 32, warp = warp_index(), group = lane / 4, quad = lane % 4;
@@ -134,14 +143,14 @@ __global__ void __maxnreg__(kGateUpRegisters) gate_up_kernel(const __grid_consta
   auto find_x = [&] {
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
-      const int p_i = pair + 8 * kGateUpWarps * i, block = p_i / p.num_tokens;
+      const int p_i = pair + 8 * kWarps * i, block = p_i / p.num_tokens;
       sources[i] = static_cast<const Bf16*>(p.x) + (p_i - block * p.num_tokens) * p.x_stride + block * F::kBlock;
     }
   };
   auto load_x = [&] {
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
-      if (pair + 8 * kGateUpWarps * i < pairs) x[i].load(sources[i]);
+      if (pair + 8 * kWarps * i < pairs) x[i].load(sources[i]);
     }
   };
   find_x();
@@ -151,16 +160,16 @@ __global__ void __maxnreg__(kGateUpRegisters) gate_up_kernel(const __grid_consta
   // After the wait and not before: down_kernel reads topk_ids and topk_weights as soon as all blocks have come here.
   pdl_trigger();
   // Before the weights are asked for, behind which it would have to wait.
-  if (warp < kGateUpWarps) load_x();
+  if (warp < kWarps) load_x();
   assignments.collect<false>(p);
 
   const int expert_tiles = p.intermediate_size / (kRows / 2), tiles = assignments.size() * expert_tiles;
   const int block = blockIdx.x, share = tiles / static_cast<int>(gridDim.x), rest = tiles % static_cast<int>(gridDim.x);
   const int begin = share * block + min(block, rest), end = begin + share + (block < rest);
 
-  if (warp == kGateUpWarps) {
+  if (warp == kWarps) {
     if (!elect_lane()) return;
-    WeightStream<F::kAhead> weights(ring);
+    WeightStream weights(ring);
     const int pitch = p.hidden_size * sizeof(Value);
     const int64_t half = int64_t{p.intermediate_size} * pitch;
 #pragma unroll 1
@@ -187,7 +196,7 @@ __global__ void __maxnreg__(kGateUpRegisters) gate_up_kernel(const __grid_consta
 
   const int team = warp / kTeamWarps, member = warp % kTeamWarps;
   // The teams take turns with the tiles, where that gives each its own buffers.
-  const int teams = stages % (kTeams * rows.chunks) == 0 ? kTeams : 1;
+  const int teams = stages % (F::kGateUpTeams * rows.chunks) == 0 ? F::kGateUpTeams : 1;
   const TileScales<kScales> tile_scales(p, rows, member);
   Cursor at(begin + team, expert_tiles);
   auto scale_of = [&](const Cursor& cursor) {
@@ -198,7 +207,7 @@ __global__ void __maxnreg__(kGateUpRegisters) gate_up_kernel(const __grid_consta
 
   // The next pairs, if there are any.
   auto advance_x = [&] {
-    pair += 8 * kGateUpWarps * kBatch;
+    pair += 8 * kWarps * kBatch;
     if (__all_sync(kFullWarp, pair >= pairs)) return false;
     find_x();
     load_x();
@@ -208,7 +217,7 @@ __global__ void __maxnreg__(kGateUpRegisters) gate_up_kernel(const __grid_consta
     do {
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
-        const int p_i = pair + 8 * kGateUpWarps * i;
+        const int p_i = pair + 8 * kWarps * i;
         if constexpr (F::kRowScales) {
           uint32_t bits = p_i < pairs ? x[i].maximum() : 0;
           bits = max(bits, __shfl_xor_sync(kFullWarp, bits, 1));
@@ -218,16 +227,16 @@ __global__ void __maxnreg__(kGateUpRegisters) gate_up_kernel(const __grid_consta
       }
     } while (advance_x());
     pair = warp * 8 + group;
-    if (pairs > 8 * kGateUpWarps * kBatch) {
+    if (pairs > 8 * kWarps * kBatch) {
       find_x();
       load_x();
     }
-    sync_threads(1, kGateUpThreads);
+    sync_threads(1, kThreads);
   }
   do {
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
-      const int p_i = pair + 8 * kGateUpWarps * i, token = p_i % p.num_tokens;
+      const int p_i = pair + 8 * kWarps * i, token = p_i % p.num_tokens;
       uint8_t* const destination = shared + layout.activations + p_i * F::kXBytes;
       if constexpr (F::kBlocks) {
         const float s = x[i].quantize(destination, token, p_i < pairs);
@@ -241,7 +250,7 @@ __global__ void __maxnreg__(kGateUpRegisters) gate_up_kernel(const __grid_consta
       }
     }
   } while (advance_x());
-  sync_threads(1, kGateUpThreads);
+  sync_threads(1, kThreads);
   if (team >= teams) return;
 
   // Columns without a token take another's: nobody reads their sums.
@@ -261,8 +270,9 @@ __global__ void __maxnreg__(kGateUpRegisters) gate_up_kernel(const __grid_consta
       if constexpr (F::kRowScales) row_scales[set][i] = x[0].scale_of(x_maxima[F::kTokens ? column : 0], p.x_scale);
     }
   }
+  int column_tokens[kSets] = {};  // of kOwnColumns
   auto other_half = [&](int set) {
-    const int token = min(8 * set + group, last);
+    const int token = kOwnColumns ? column_tokens[set] : min(8 * set + group, last);
     return shared_half(token, 1) - shared_half(token, 0);
   };
   float4* const partials =
@@ -276,6 +286,18 @@ __global__ void __maxnreg__(kGateUpRegisters) gate_up_kernel(const __grid_consta
     for (int i = 0; i < teams; ++i) at.advance(expert_tiles);
     next_scale = scale_of(at);
     Sum<Value> sum[kSets][4] = {}, other[kSets][4] = {};
+    int columns = 8 * kSets;
+    if constexpr (kOwnColumns) {
+      const uint32_t tokens = assignments[current.entry].tokens;
+      columns = __popc(tokens);
+#pragma unroll
+      for (int set = 0; set < kSets; ++set) {
+        column_tokens[set] = nth_token(tokens, min(8 * set + group, columns - 1));
+        column_of[set] = shared_address(shared + layout.activations) +
+                         (member * p.num_tokens + column_tokens[set]) * F::kXBytes +
+                         shared_half(column_tokens[set], 0) + quad * 16;
+      }
+    }
     int mine = 0;  // of the warp's blocks
 #pragma unroll 1
     for (int chunk = 0; chunk < rows.chunks; ++chunk) {
@@ -293,6 +315,7 @@ __global__ void __maxnreg__(kGateUpRegisters) gate_up_kernel(const __grid_consta
         }
 #pragma unroll
         for (int set = 0; set < kSets; ++set) {
+          if (kOwnColumns && 8 * set >= columns) continue;
           const uint32_t address = column_of[set] + offset * F::kXBytes;
           uint4 column[F::kXLoads];
 #pragma unroll
@@ -335,7 +358,7 @@ __global__ void __maxnreg__(kGateUpRegisters) gate_up_kernel(const __grid_consta
       Bf16* const hidden = static_cast<Bf16*>(p.hidden) + hidden_column;
 #pragma unroll
       for (int set = 0; set < kSets; ++set) {
-        if (kSets > 1 && (entry.tokens >> 8 * set & 0xff) == 0) continue;
+        if (kSets > 1 && (kOwnColumns ? columns <= 8 * set : (entry.tokens >> 8 * set & 0xff) == 0)) continue;
         float4 total = {};
 #pragma unroll
         for (int i = 0; i < kTeamWarps; ++i) {
@@ -345,7 +368,7 @@ __global__ void __maxnreg__(kGateUpRegisters) gate_up_kernel(const __grid_consta
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           const int token = 8 * set + 2 * quad + i;
-          if (!entry.has(token)) continue;
+          if (kOwnColumns ? token >= columns : !entry.has(token)) continue;
           float gate = i == 0 ? total.x : total.y, up = i == 0 ? total.z : total.w;
           if constexpr (F::kRowScales) {
             gate = gate * row_scales[set][i] * scale.x;
@@ -353,7 +376,7 @@ __global__ void __maxnreg__(kGateUpRegisters) gate_up_kernel(const __grid_consta
           } else if constexpr (F::kNvFp4) {
             gate *= scale, up *= scale;
           }
-          const int place = entry.place(token);
+          const int place = kOwnColumns ? entry.first + token : entry.place(token);
           const Bf16 value = __float2bfloat16_rn(silu(rounded(gate)) * rounded(up));
           if constexpr (F::kRowScales) {
             const uint32_t bits = __bfloat16_as_ushort(value) & 0x7fff;
