@@ -233,11 +233,13 @@ __global__ void __maxnreg__((kDownRegisters<kScales, kSets>)) down_kernel(const 
       const uint32_t own_weights = member * WeightBlock<Value>::kStep + WeightBlock<Value>::lane_offset(pitch);
       const uint4* const source = reinterpret_cast<const uint4*>(
           static_cast<const Bf16*>(p.hidden) + (chunk * rows.largest() + member) * F::kBlock) + quad;
-      // The activations of an entry, which go from memory to where the product takes them.
-      uint4 x[kSets][F::kWarpBlocks][F::kXLoads] = {};
-      float factor = 1.0f;
-      auto load_x = [&](const Entry& entry) {
-        if constexpr (F::kNvFp4) factor = nvfp4_factor(p.w2_scale, entry.expert);
+      // The activations of an entry, which go from memory to where the product takes them. Two entries' where registers
+      // are left: one comes while the other is multiplied.
+      constexpr bool kTwo = F::kNvFp4 && kSets == 1;
+      uint4 x[1 + kTwo][kSets][F::kWarpBlocks][F::kXLoads] = {};
+      float factor[1 + kTwo] = {1.0f};
+      auto load_x = [&](const Entry& entry, int to) {
+        if constexpr (F::kNvFp4) factor[to] = nvfp4_factor(p.w2_scale, entry.expert);
 #pragma unroll
         for (int set = 0; set < kSets; ++set) {
           if (kSets > 1 && (entry.tokens >> 8 * set & 0xff) == 0) continue;
@@ -248,15 +250,13 @@ __global__ void __maxnreg__((kDownRegisters<kScales, kSets>)) down_kernel(const 
           for (int i = 0; i < F::kWarpBlocks; ++i) {
             if (i * team_warps + member >= blocks) continue;
 #pragma unroll
-            for (int j = 0; j < F::kXLoads; ++j) x[set][i][j] = own[i * team_warps * (F::kXBytes / 16) + 4 * j];
+            for (int j = 0; j < F::kXLoads; ++j) x[to][set][i][j] = own[i * team_warps * (F::kXBytes / 16) + 4 * j];
           }
         }
       };
-      if (begin < end) load_x(assignments[begin]);
-#pragma unroll 1
-      for (int at = begin; at < end; ++at) {
+      auto multiply = [&](int at, int from) {
+        if (kTwo && at + 1 < end) load_x(assignments[at + 1], 1 - from);
         const Entry entry = assignments[at];
-        const float own_factor = factor;
         const uint32_t buffer = ring.wait();
         float product[kSets][4] = {}, other[kSets][4] = {};
 #pragma unroll
@@ -267,23 +267,30 @@ __global__ void __maxnreg__((kDownRegisters<kScales, kSets>)) down_kernel(const 
 #pragma unroll
           for (int set = 0; set < kSets; ++set) {
             if (kSets > 1 && (entry.tokens >> 8 * set & 0xff) == 0) continue;
-            w.add_product(product[set], other[set], x[set][i]);
+            w.add_product(product[set], other[set], x[from][set][i]);
           }
         }
         ring.release();
         ring.advance();
-        if (at + 1 < end) load_x(assignments[at + 1]);
+        if (!kTwo && at + 1 < end) load_x(assignments[at + 1], 0);
 #pragma unroll
         for (int set = 0; set < kSets; ++set) {
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
             const int token = 8 * set + 2 * quad + i;
             if (!entry.has(token)) continue;
-            const float weight = assignments.weight(entry.place(token)) * own_factor;
+            float weight = assignments.weight(entry.place(token));
+            if constexpr (F::kNvFp4) weight *= factor[from];
             sum[set][i] += (product[set][i] + other[set][i]) * weight;
             sum[set][i + 2] += (product[set][i + 2] + other[set][i + 2]) * weight;
           }
         }
+      };
+      if (begin < end) load_x(assignments[begin], 0);
+#pragma unroll 1
+      for (int at = begin; at < end; at += 1 + kTwo) {
+        multiply(at, 0);
+        if (kTwo && at + 1 < end) multiply(at + 1, 1);
       }
     }
   }
