@@ -19,7 +19,7 @@ enum class ExpertFormat {
   kFp8Token,      // e4m3 with a scale for each row or expert; activations by token
   kFp8Tensor,     // the same; one scale for all activations: the given one, or that of the largest of them
   kInt8Token,     // as kFp8Token in int8
-  kNvFp4,         // NVFP4 in tiles of few_tokens_nvfp4.cuh, with a global scale for each expert; activations as they are
+  kNvFp4,         // NVFP4 in tiles of few_tokens_nvfp4.cuh and a global scale for each expert; activations as they are
 };
 
 struct FewTokensMoeParams {

@@ -66,7 +66,8 @@ __device__ __forceinline__ uint32_t largest_of(const FewTokensMoeParams& p, int 
 // their order, so that a row's sum runs in one order whatever else is in the batch. It starts where blocks of
 // gate_up_kernel have ended, and fetches its first weights.
 template <Scales kScales, int kSets>
-__global__ void __maxnreg__((kDownRegisters<kScales, kSets>)) down_kernel(const __grid_constant__ FewTokensMoeParams p, int stages) {
+__global__ void __maxnreg__((kDownRegisters<kScales, kSets>))
+    down_kernel(const __grid_constant__ FewTokensMoeParams p, int stages) {
   using F = Format<kScales>;
   using Value = typename F::Value;
   using Layout = DownLayout<kScales>;

@@ -67,7 +67,8 @@ struct TileScales<kScales> {
   bool has;
   const float* source;
 
-  __device__ TileScales(const FewTokensMoeParams& p, const GateUpRows<kScales>& rows, int member) : blocks(rows.blocks) {
+  __device__ TileScales(const FewTokensMoeParams& p, const GateUpRows<kScales>& rows, int member)
+      : blocks(rows.blocks) {
     const int lane = threadIdx.x % 32, block = member + lane / 2 * kTeamWarps;
     scale_rows = p.intermediate_size / kBlockBytes;
     has = block < rows.blocks;

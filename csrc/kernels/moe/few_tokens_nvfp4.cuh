@@ -4,9 +4,9 @@
 #include "few_tokens.cuh"
 
 // NVFP4 weights of few_tokens.cu. A tile, 16 rows by 128 columns, is 1152 contiguous bytes, in the order in which the
-// lanes of a warp take them: 16 bytes of row lane / 4 and columns lane % 4 * 32 on for each lane; the same of the rows 8
-// on; then four scales for each lane, of two groups of the one row and of two of the other. Tiles of the same rows are
-// contiguous, too. e2m1_times_scale leaves the columns of 8 in the order 0 4 1 5 2 6 3 7, to which activations are
+// lanes of a warp take them: 16 bytes of row lane / 4 and columns lane % 4 * 32 on for each lane; the same of the rows
+// 8 on; then four scales for each lane, of two groups of the one row and of two of the other. Tiles of the same rows
+// are contiguous, too. e2m1_times_scale leaves the columns of 8 in the order 0 4 1 5 2 6 3 7, to which activations are
 // brought when they are stored.
 
 namespace vllm_b200 {
@@ -55,7 +55,8 @@ struct WeightBlock<E2m1Pair> {
     asm volatile("ld.shared.u32 %0, [%1];" : "=r"(scales) : "r"(address + 2 * kHalf - threadIdx.x % 32 * 12));
     e4m3_scales(scales & 0xffff, upper_scale);
     e4m3_scales(scales >> 16, lower_scale);
-    const uint32_t top_words[4] = {top.x, top.y, top.z, top.w}, bottom_words[4] = {bottom.x, bottom.y, bottom.z, bottom.w};
+    const uint32_t top_words[4] = {top.x, top.y, top.z, top.w};
+    const uint32_t bottom_words[4] = {bottom.x, bottom.y, bottom.z, bottom.w};
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       e2m1_times_scale(top_words[i], upper_scale[i / 2], upper[i]);
