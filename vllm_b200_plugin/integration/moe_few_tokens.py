@@ -24,6 +24,7 @@ from vllm_b200_plugin.ops.moe_few_tokens import (
     scale_shapes,
     scratch_elements,
 )
+from vllm_b200_plugin.ops.nvfp4_experts import unpacked_shape
 
 FORMATS = (ExpertFormat.FP8_BLOCK, ExpertFormat.FP8_BLOCK_POW2)
 _applied: set[ExpertFormat] = set()  # those of the features in place
@@ -41,6 +42,7 @@ class B200FewTokensExperts:
     theirs: Any
     up_first: bool
     nvfp4: bool
+    _kept: tuple[torch.Tensor, ...] | None = None
     moe_config: Any
     quant_config: Any
 
@@ -112,7 +114,8 @@ class B200FewTokensExperts:
         ):
             up, up_scale, down, down_scale = operands
             one_scale = self._format == ExpertFormat.FP8_TENSOR
-            size = scratch_elements(num_tokens * topk, self.moe_config.intermediate_size_per_partition)
+            intermediate_size = unpacked_shape(down)[2] if self.nvfp4 else down.shape[2]
+            size = scratch_elements(num_tokens * topk, intermediate_size)
             few_tokens_moe(
                 hidden_states,
                 up,
