@@ -64,7 +64,11 @@ SMALL: dict[str, list[Any]] = {
     "topk": [TopKCase(9, 128), TopKCase(9, 256, 8, 4)],
     "router": [RouterCase(3, 64, 128), RouterCase(3, 64, 128, 8, 4)],
     "moe_sum": [MoeSumCase(3, 64)],
-    "fused_experts": [FusedExpertsCase(2, 16, 256, 128, format) for format in EXPERT_FORMATS[:2] + EXPERT_FORMATS[3:]],
+    "fused_experts": [
+        *(FusedExpertsCase(2, 16, 256, 128, format) for format in EXPERT_FORMATS[:2] + EXPERT_FORMATS[3:]),
+        FusedExpertsCase(2, 16, 256, 128, "bf16", 4, "gpt_oss"),
+        FusedExpertsCase(2, 16, 256, 128, "fp8_token-channel", 2, "silu_clamped"),
+    ],
 }
 EACH_SMALL = [pytest.param(FAMILIES[op], case, id=f"{op} {case}") for op in SMALL for case in SMALL[op]]
 EACH_FAMILY = [pytest.param(family, id=op) for op, family in FAMILIES.items()]
@@ -405,7 +409,8 @@ def _naive_fused_experts(family: ModuleType, case: FusedExpertsCase) -> tuple[to
     if case.format == "fp8_block":
         return (fp8_block_scaled_moe(*family._operands(case, 0)),)
     format = ExpertFormat[case.format.split("-")[0].upper()]
-    return (few_tokens_moe(*family._operands(case, 0), format=format, **family._given(case)),)
+    more = family._given(case) | family._gated(case, 0)
+    return (few_tokens_moe(*family._operands(case, 0), format=format, **more),)
 
 
 NAIVE = {op: globals()[f"_naive_{op}"] for op in SMALL if op != "group_quant"}

@@ -117,13 +117,32 @@ def test_imports_no_vllm():
     assert done.stdout.strip() == "False"
 
 
-@pytest.mark.parametrize("hidden_size, intermediate_size, limit", [(2048, 768, 16), (2048, 384, 16)])
+@pytest.mark.parametrize("hidden_size, intermediate_size, limit", [(2048, 768, 16), (2048, 384, 16), (7168, 2048, 8)])
 def test_experts_for_few_tokens_end_at_the_limit(hidden_size, intermediate_size, limit):
     layer = (8, 128, hidden_size, intermediate_size, (9, 0))
     assert dispatch.few_tokens_limit(*layer) == limit
     assert dispatch.few_tokens_moe(limit, *layer).kernel == dispatch.FEW_TOKENS
     beyond = dispatch.few_tokens_moe(limit + 1, *layer)
     assert beyond.kernel == VLLM and f"{limit} at most" in beyond.reason
+
+
+@pytest.mark.parametrize(
+    "topk, sizes, format, limit",
+    [
+        (2, (4096, 14336), "fp8_tensor", 8),
+        (4, (2880, 2880), "bf16", 8),
+        (8, (7168, 2048), "fp8_block", 8),
+        (8, (7168, 2048), "fp8_token", 0),
+        (2, (4096, 14336), "bf16", 0),
+        (8, (7168, 1024), "fp8_block", 0),
+    ],
+)
+def test_large_experts_for_few_tokens_only_as_measured(topk, sizes, format, limit):
+    layer = (topk, 8, *sizes, (9, 0), format)
+    assert dispatch.few_tokens_limit(*layer) == limit
+    choice = dispatch.few_tokens_moe(1, *layer)
+    assert choice.kernel == (dispatch.FEW_TOKENS if limit else VLLM)
+    assert limit or f"{topk} experts a token of {sizes[0]}x{sizes[1]}" in choice.reason
 
 
 @pytest.mark.parametrize("topk, capability, words", [(2, (9, 0), "2 experts"), (8, (10, 0), "9.0 alone")])

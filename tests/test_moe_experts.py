@@ -62,8 +62,23 @@ def options(format: str, device: str) -> dict[str, object]:
     return {"format": ExpertFormat[format.split("-")[0].upper()], **(given if "given" in format else {})}
 
 
+def gated(case: FewTokensCase, device: str, seed: int = 0) -> dict[str, object]:
+    """Keyword arguments for the activation and the biases."""
+    more: dict[str, object] = {"activation": case.activation}
+    if case.activation in ("silu_clamped", "gpt_oss"):
+        more = {"activation": "silu_clamped", "limit": 1.5, "alpha": 1.702, "beta": 1.0}
+    if case.activation == "gpt_oss":
+        more["interleaved"] = True
+    if case.biases:
+        rng = torch.Generator().manual_seed(seed)
+        for name, rows in (("w13_bias", 2 * case.intermediate_size), ("w2_bias", case.hidden_size)):
+            more[name] = torch.randn(case.num_experts, rows, generator=rng).div(2).bfloat16().to(device)
+    return more
+
+
 def run(case: FewTokensCase, operands: tuple[torch.Tensor | None, ...], **changes: object) -> torch.Tensor:
-    return few_tokens_moe(*operands, **options(case.format, operands[0].device.type), **changes)
+    device = operands[0].device.type
+    return few_tokens_moe(*operands, **(options(case.format, device) | gated(case, device) | changes))
 
 
 def route(case: FewTokensCase, rng: torch.Generator) -> torch.Tensor:
@@ -116,21 +131,38 @@ def quantised(x: torch.Tensor, format: str, given: torch.Tensor | None) -> torch
 def in_float64(
     x: torch.Tensor, w13: torch.Tensor, w13_scale: torch.Tensor | None, w2: torch.Tensor,
     w2_scale: torch.Tensor | None, weights: torch.Tensor, ids: torch.Tensor, format: str = "fp8_block",
+    gated: dict[str, object] | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    given = options(format, x.device.type)
+    given, gated = options(format, x.device.type), gated or {"activation": "silu"}
+    none = torch.zeros(1, 1, device=x.device).expand(len(w13), 1)
+    w13_bias, w2_bias = (gated.get(name, none).double() for name in ("w13_bias", "w2_bias"))
     values = quantised(x, format, given.get("x_scale"))
     hidden = x.new_zeros(*ids.shape, unpacked_shape(w2)[2] if format == "nvfp4" else w2.shape[2])
     routed = [(expert, (ids == expert).nonzero(as_tuple=True)) for expert in ids[ids >= 0].unique().tolist()]
     for expert, (tokens, slots) in routed:
-        gate_up = (values[tokens] @ weights_of(expert, w13, w13_scale, unpack_w13).T).bfloat16().double()
-        gate, up = gate_up.chunk(2, -1)
-        hidden[tokens, slots] = (gate * torch.sigmoid(gate) * up).bfloat16()
+        gate_up = values[tokens] @ weights_of(expert, w13, w13_scale, unpack_w13).T + w13_bias[expert]
+        gate_up = gate_up.bfloat16().double()
+        gate, up = (gate_up[:, ::2], gate_up[:, 1::2]) if gated.get("interleaved") else gate_up.chunk(2, -1)
+        hidden[tokens, slots] = product_of(gate, up, gated).bfloat16()
     values = quantised(hidden.flatten(0, 1), format, given.get("hidden_scale")).view(hidden.shape)
     out = torch.zeros(x.shape, dtype=torch.float64, device=x.device)
     for expert, (tokens, slots) in routed:
-        products = values[tokens, slots] @ weights_of(expert, w2, w2_scale, unpack_w2).T
+        products = values[tokens, slots] @ weights_of(expert, w2, w2_scale, unpack_w2).T + w2_bias[expert]
         out.index_put_((tokens,), weights[tokens, slots].double().unsqueeze(-1) * products, accumulate=True)
     return out
+
+
+def product_of(gate: torch.Tensor, up: torch.Tensor, gated: dict[str, object]) -> torch.Tensor:
+    if gated["activation"] == "silu_clamped":
+        gate = gate.where(gate < gated["limit"], gated["limit"])
+        up = up.where(up < gated["limit"], gated["limit"])
+        up = up.where(up > -gated["limit"], -gated["limit"])
+        return (up + gated["beta"]) * gate / (1 + torch.exp(-gated["alpha"] * gate))
+    if gated["activation"] == "gelu":
+        return gate / 2 * (1 + torch.erf(gate / 2**0.5)) * up
+    if gated["activation"] == "gelu_tanh":
+        return gate / 2 * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (gate + 0.044715 * gate**3))) * up
+    return gate * torch.sigmoid(gate) * up
 
 
 def limit_of(format: str) -> float:
@@ -150,7 +182,7 @@ def test_against_float64(case: FewTokensCase, device: str) -> None:
     operands = make(case, device)
     out = torch.full_like(operands[0], float("nan"))
     assert run(case, operands, out=out) is out
-    expected = in_float64(*operands, case.format)
+    expected = in_float64(*operands, case.format, gated(case, device))
     assert abs(difference(out, expected)) < limit_of(case.format)
     assert (out[~(operands[-1] >= 0).any(-1)] == 0).all()
 
@@ -305,7 +337,10 @@ def test_opcheck() -> None:
     scratch = torch.zeros(3, 2, 144, dtype=torch.bfloat16)
     torch.library.opcheck(
         torch.ops.vllm_b200.few_tokens_moe.default,
-        (x, w13, w13_scale, w2, w2_scale, weights, ids, None, None, None, scratch, torch.zeros_like(x), False, 1, True),
+        (
+            *(x, w13, w13_scale, w2, w2_scale, weights, ids, None, None, None, None, None),
+            *(scratch, torch.zeros_like(x), False, False, 1, 0, 0.0, 1.0, 0.0, True),
+        ),
         test_utils="test_faketensor",  # the other tests compare, which float8_e4m3fn lacks
     )
 
@@ -371,5 +406,5 @@ def test_one_scale_for_all_activations() -> None:
 
 def test_nvfp4_goes_with_the_gate_first() -> None:
     operands = make(FewTokensCase(3, 4, 2, 128, 128, format="nvfp4"), "cpu")
-    with pytest.raises(ValueError, match="up_first: goes with the other formats"):
+    with pytest.raises(ValueError, match="NVFP4 takes the gate's rows first"):
         few_tokens_moe(*operands, format=ExpertFormat.NVFP4, up_first=True)

@@ -52,14 +52,15 @@ def weight(*shape):
 w13, s13 = weight(E, 2 * I, H)
 w2, s2 = weight(E, H, I)
 
-def kernel(moe=None, scales=(s13, s2), block=128, environment={{}}):
+def kernel(moe=None, scales=(s13, s2), block=128, environment={{}}, biases=(None, None)):
     key = create_fp8_quant_key(static=True, group_shape=GroupShape(block, block))
     os.environ.update(environment)
     try:
         with config():
             moe = moe or layer()
             backend, cls = oracle.select_fp8_moe_backend(moe, key, kFp8Dynamic128Sym)
-            quant = oracle.make_fp8_moe_quant_config(backend, *scales, None, None, block_shape=[block, block])
+            quant = oracle.make_fp8_moe_quant_config(
+                backend, *scales, None, None, w1_bias=biases[0], w2_bias=biases[1], block_shape=[block, block])
             return oracle.make_fp8_moe_kernel(quant, moe, cls, backend)
     finally:
         for name in environment:
@@ -92,8 +93,12 @@ def name_of_others():
 picks = {
     "plain": name(), "block 64": name(block=64, scales=(torch.ones(E, 4, 4), torch.ones(E, 4, 2))),
     "float16": name(layer(in_dtype=torch.float16)),
-    "gelu": name(layer(activation=MoEActivation.GELU)),
+    "gelu": name(layer(activation=MoEActivation.GELU_TANH, moe_backend="triton")),
     "swiglu limit": name(layer(swiglu_limit=7.0)),
+    "swiglustep": name(layer(activation=MoEActivation.SWIGLUSTEP)),
+    "gpt-oss": name(layer(activation=MoEActivation.SWIGLUOAI, moe_backend="triton")),
+    "biases elsewhere": name(layer(has_bias=True, moe_backend="triton")),
+    "biases in float32": name(layer(has_bias=True, moe_backend="triton"), biases=(torch.ones(E, 2 * I), None)),
     "LoRA": name(layer(is_lora_enabled=True)),
     "two experts": name(layer(experts_per_token=2)),
     "odd size": name(layer(intermediate_size=192)),
@@ -119,7 +124,7 @@ theirs.apply = apply
 no_dp_ep.moe_kernel_quantize_input = lambda a, *args, **kwargs: (
     a.to(torch.float8_e4m3fn), torch.ones(len(a), H // 128))
 
-def run(num_tokens, experts=slice(0, E), expert_map=None, on_input=False, topk=K):
+def run(num_tokens, experts=slice(0, E), expert_map=None, on_input=False, topk=K, k=k, **more):
     rng = torch.Generator().manual_seed(num_tokens)
     x = torch.randn(num_tokens, H, generator=rng).bfloat16()
     weights, ids = torch.rand(num_tokens, E, generator=rng).topk(topk)
@@ -129,7 +134,7 @@ def run(num_tokens, experts=slice(0, E), expert_map=None, on_input=False, topk=K
     if on_input:
         x, weights = x * weights.bfloat16(), None
     expected = few_tokens_moe(x, w13[experts], s13[experts], w2[experts], s2[experts], weights, ids,
-        expert_map=expert_map, format=format) if num_tokens <= 64 else None
+        expert_map=expert_map, format=format, **more) if num_tokens <= 64 else None
     return out, expected
 
 limit = dispatch.few_tokens_limit(K, E, H, I, (9, 0))
@@ -141,10 +146,17 @@ out, expected = run(3, on_input=True, topk=1)
 same["weight on input"] = bool(torch.equal(out, expected))
 small = len(seen)
 run(limit + 1)
+limited = layer(moe_backend="triton", swiglu_limit=0.5, has_bias=True)
+biases = torch.randn(E, 2 * I, generator=rng).bfloat16(), torch.randn(E, H, generator=rng).bfloat16()
+more = dict(k=kernel(limited, biases=biases), activation="silu_clamped", limit=0.5,
+    w13_bias=biases[0], w2_bias=biases[1])
+for on_input in (False, True):
+    out, expected = run(3, on_input=on_input, topk=1 if on_input else K, **more)
+    same[f"limit and biases {on_input}"] = bool(torch.equal(out, expected)) and not torch.equal(out, run(3)[0])
 half = layer(dict(ep_size=2, use_ep=True), moe_backend="triton", num_local_experts=E // 2)
 k = kernel(half, scales=(s13[:4], s2[:4]))
 expert_map = torch.tensor([0, 1, 2, 3, -1, -1, -1, -1], dtype=torch.int32)
-out, expected = run(3, slice(0, 4), expert_map)
+out, expected = run(3, slice(0, 4), expert_map, k=k)
 same["expert parallel"] = bool(torch.equal(out, expected)) and type(k.fused_experts).__name__.startswith("B200")
 print(json.dumps([same, small, seen]))
 """
@@ -169,7 +181,10 @@ def test_selection(capability):
         for refused in (
             "block 64",
             "float16",
-            "swiglu limit",
+            "swiglustep",
+            "gpt-oss",
+            "biases elsewhere",
+            "biases in float32",
             "LoRA",
             "two experts",
             "odd size",
@@ -179,9 +194,10 @@ def test_selection(capability):
             assert picks[refused] == "TritonExperts", refused
         assert picks["features that are off"] == ["TritonExperts"] * 2
         assert any("the feature for FP8_TOKEN is off" in line for line in lines)
-        assert picks["gelu"] == "TritonExperts"
+        assert picks["gelu"] == picks["swiglu limit"] == triton
         assert picks["packed scales"] == "TritonExperts"
-        reasons = ("blocks of 128x128", "bfloat16", "silu without a limit", "LoRA", "float32 scales", "BATCH_INVARIANT")
+        reasons = ("blocks of 128x128", "bfloat16", "LoRA", "float32 scales", "BATCH_INVARIANT", "got swiglustep")
+        reasons += ("gate and up in turns", "biases are not where", "biases in bfloat16 of the shape (8, 256)")
         for reason in reasons:
             assert any(reason in line for line in lines), reason
 

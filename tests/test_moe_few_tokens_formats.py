@@ -8,7 +8,7 @@ from test_moe_few_tokens import CODE
 pytest.importorskip("vllm")
 
 BODY = """
-from vllm.model_executor.layers.fused_moe.config import FusedMoEQuantConfig
+from vllm.model_executor.layers.fused_moe.config import FusedMoEQuantConfig, biased_moe_quant_config
 from vllm.model_executor.layers.fused_moe.oracle import int8, unquantized
 from vllm.model_executor.layers.quantization.utils import quant_utils as keys
 from vllm_b200_plugin.ops.moe_few_tokens import ExpertFormat
@@ -78,13 +78,31 @@ def check(kind):
 picks = {kind: name(kind) for kind in FORMATS}
 picks["odd scales"] = name("token", scales=(torch.ones(E, 4), torch.ones(E, 4)))
 picks["LoRA"] = name("bf16", layer(is_lora_enabled=True))
+picks["swiglustep"] = name("bf16", layer(activation=MoEActivation.SWIGLUSTEP))
 picks["gelu"] = name("bf16", layer(activation=MoEActivation.GELU))
 picks["odd size"] = name("bf16", layer(intermediate_size=96))
 from vllm_b200_plugin.integration import moe_few_tokens as ours
 beside_flashinfer = ours.refusal(layer(), FusedMoEQuantConfig.make(), up_first=True)
 offered = [cls.__name__ for cls in unquantized.backend_to_kernel_cls(unquantized.UnquantizedMoeBackend.BATCHED_TRITON)]
 checks = {kind: check(kind) for kind in FORMATS}
-print(json.dumps([picks, lines, plugin.results(), offered, checks, beside_flashinfer, torch.cuda.is_initialized()]))
+
+def check_gpt_oss():
+    moe = layer(activation=MoEActivation.SWIGLUOAI, has_bias=True)
+    biases = torch.randn(E, 2 * I, generator=rng).bfloat16(), torch.randn(E, H, generator=rng).bfloat16()
+    with config():
+        backend, cls = unquantized.select_unquantized_moe_backend(moe)
+        k = unquantized.make_unquantized_moe_kernel(biased_moe_quant_config(*biases), moe, backend, cls)
+    x = torch.randn(3, H, generator=rng).bfloat16()
+    weights, ids = torch.rand(3, E, generator=rng).topk(K)
+    out = k.apply(x, b13, b2, weights, ids.int(), moe.activation, E, None, False)
+    more = dict(activation="silu_clamped", limit=7.0, alpha=1.702, beta=1.0, interleaved=True)
+    expected = few_tokens_moe(x, b13, None, b2, None, weights, ids.int(), format=ExpertFormat.BF16,
+        w13_bias=biases[0], w2_bias=biases[1], **more)
+    return dict(ours=type(k.fused_experts).__name__.startswith("B200"), same=bool(torch.equal(out, expected)))
+
+gpt_oss = check_gpt_oss()
+print(json.dumps(
+    [picks, lines, plugin.results(), offered, checks, gpt_oss, beside_flashinfer, torch.cuda.is_initialized()]))
 """
 FEATURES = "fp8_moe_few_tokens,int8_moe_few_tokens,bf16_moe_few_tokens"
 # What vLLM chooses for each.
@@ -93,17 +111,18 @@ QUANTISED = {"bf16": ["torch.bfloat16", True], "int8": ["torch.int8", False]}
 
 
 def test_with_the_features_ours_take_few_tokens():
-    picks, lines, results, offered, checks, beside_flashinfer, cuda = answer(
+    picks, lines, results, offered, checks, gpt_oss, beside_flashinfer, cuda = answer(
         CODE.format(capability=(9, 0), body=BODY), VLLM_B200_STRICT="1", VLLM_B200_ENABLE=FEATURES
     )
     assert all(results[name] == "applied" for name in FEATURES.split(",")) and not cuda
     assert {kind: picks[kind] for kind in THEIRS} == {kind: f"B200FewTokens{name}" for kind, name in THEIRS.items()}
     assert picks["odd scales"] == THEIRS["token"]
-    for refused in ("LoRA", "gelu", "odd size"):
+    for refused in ("LoRA", "swiglustep", "odd size"):
         assert picks[refused] == "TritonExperts", refused
+    assert picks["gelu"] == "B200FewTokensTritonExperts" and all(gpt_oss.values()), gpt_oss
     assert "FlashInfer" in beside_flashinfer
     assert offered == ["BatchedTritonExperts"]
-    for reason in ("scales of the shapes", "LoRA", "silu without a limit", "multiples of 64"):
+    for reason in ("scales of the shapes", "LoRA", "got swiglustep", "multiples of 64"):
         assert any(reason in line for line in lines), reason
     for kind in THEIRS:
         same, small, seen = checks[kind]

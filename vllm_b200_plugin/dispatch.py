@@ -35,13 +35,24 @@ PLAIN_SCALES_BELOW = 32
 # On an H200 in one run with vLLM 0.32's Triton experts, all of the layer after the router
 # (benchmarks/results/h200/fused_experts.jsonl): 128 experts of 2048x768, 8 a token, 18 us against 28 with one token, 26
 # against 37 with two, 39 against 53 with four, 64 against 86 with eight, 102 against 118 with 16, 203 against 153 with
-# 32. Experts of more weights were not measured to win. The same experts in other formats, in another run
-# (fused_experts_formats.jsonl), with one and 16 tokens: bf16 25 us against 31, 177 against 198; FP8 with scales of
-# channels and tokens 19 against 27, 105 against 116, and 54 and 147 of vLLM's CUTLASS; FP8 with one scale for all
-# activations 19 against 34, 101 against 123, given 18 against 26, 100 against 115. INT8 was not measured beside vLLM's.
-FEW_TOKENS_MOE = {"fp8_block": 16, "fp8_token": 16, "fp8_tensor": 16, "int8_token": 0, "bf16": 16, "nvfp4": 0}
-LARGE_EXPERT_WEIGHTS = 8 << 20
+# 32. The same experts in other formats, in another run (fused_experts_formats.jsonl), with one and 16 tokens: bf16
+# 25 us against 31, 177 against 198; FP8 with scales of channels and tokens 19 against 27, 105 against 116, and 54 and
+# 147 of vLLM's CUTLASS; FP8 with one scale for all activations 19 against 34, 101 against 123, given 18 against 26,
+# 100 against 115. INT8 was not measured beside vLLM's. NVFP4 beside Marlin (fused_experts_nvfp4.jsonl), with one, eight
+# and 16 tokens: 15 against 33, 57 against 80, 109 against 104.
+FEW_TOKENS_MOE = {"fp8_block": 16, "fp8_token": 16, "fp8_tensor": 16, "int8_token": 0, "bf16": 16, "nvfp4": 8}
 MIN_TOPK = 4  # 8 were measured
+# Experts of more weights than this, (topk, hidden size, intermediate size), are ours as they were measured, in one run
+# with Triton's and, without block scales, CUTLASS (fused_experts_large.jsonl), with one, eight and 16 tokens: 102 us
+# against 115, 563 against 660, 1228 against 1040; bf16 52 against 63, 324 against 376, 600 against 602; FP8 with given
+# scales of activations 87 against 116, 288 against 320, 407 against 360.
+LARGE_EXPERT_WEIGHTS = 8 << 20
+LARGE_EXPERTS = {
+    "fp8_block": (8, 7168, 2048),  # DeepSeek-V3
+    "bf16": (4, 2880, 2880),  # gpt-oss-120b
+    "fp8_tensor": (2, 4096, 14336),  # Mixtral 8x7B
+}
+LARGE_EXPERTS_MAX_TOKENS = 8
 
 
 @dataclass(frozen=True)
@@ -209,8 +220,16 @@ def few_tokens_limit(
         format: fp8_block, fp8_token (a scale for each channel and token), fp8_tensor (for each expert and all
             activations), int8_token, bf16 or nvfp4 (bf16 activations).
     """
-    large = 3 * hidden_size * intermediate_size > LARGE_EXPERT_WEIGHTS
-    return 0 if capability != (9, 0) or topk < MIN_TOPK or large else FEW_TOKENS_MOE[format]
+    if capability != (9, 0):
+        return 0
+    if _are_large(hidden_size, intermediate_size):
+        measured = LARGE_EXPERTS.get(format) == (topk, hidden_size, intermediate_size)
+        return LARGE_EXPERTS_MAX_TOKENS if measured else 0
+    return FEW_TOKENS_MOE[format] if topk >= MIN_TOPK else 0
+
+
+def _are_large(hidden_size: int, intermediate_size: int) -> bool:
+    return 3 * hidden_size * intermediate_size > LARGE_EXPERT_WEIGHTS
 
 
 def few_tokens_moe(
@@ -226,7 +245,10 @@ def few_tokens_moe(
     limit = few_tokens_limit(topk, num_experts, hidden_size, intermediate_size, capability, format)
     if capability != (9, 0):
         return Choice(VLLM, "our kernels for few tokens were measured on compute capability 9.0 alone")
-    if topk < MIN_TOPK:
+    large = _are_large(hidden_size, intermediate_size)
+    if limit == 0 and large:
+        return Choice(VLLM, f"ours were not measured with {topk} experts a token of {hidden_size}x{intermediate_size}")
+    if topk < MIN_TOPK and not large:
         return Choice(VLLM, f"{topk} experts a token, ours were measured with 8 and are for {MIN_TOPK} at least")
     if num_tokens > limit:
         return Choice(VLLM, f"{num_tokens} tokens, ours are for {limit} at most")

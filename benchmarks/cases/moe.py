@@ -108,11 +108,15 @@ EXPERT_FORMATS = (
 )
 
 
+# As the activation of ops.moe_few_tokens; gpt_oss is its silu_clamped with biases and rows of gate and up in turns.
+EXPERT_ACTIVATIONS = ("silu", "silu_clamped", "gelu", "gelu_tanh", "gpt_oss")
+
+
 @dataclass(frozen=True)
 class FusedExpertsCase:
     """All of the routed experts: quantisation, both products, activation and weighted sum.
 
-    format: one of EXPERT_FORMATS.
+    format: one of EXPERT_FORMATS. activation: one of EXPERT_ACTIVATIONS.
     """
 
     num_tokens: int
@@ -120,30 +124,35 @@ class FusedExpertsCase:
     hidden_size: int
     intermediate_size: int
     format: str = "fp8_block"
+    top_k: int = TOP_K
+    activation: str = "silu"
 
     def __str__(self) -> str:
         format = "" if self.format == "fp8_block" else f"{self.format}-"
-        return f"{format}{self.num_tokens}-{self.experts_name}-{self.hidden_size}x{self.intermediate_size}"
+        activation = "" if self.activation == "silu" else f"-{self.activation}"
+        sizes = f"{self.num_tokens}-{self.experts_name}-{self.hidden_size}x{self.intermediate_size}"
+        return f"{format}{sizes}{activation}"
 
     @property
     def experts_name(self) -> str:
-        return f"E{self.num_experts}-k{TOP_K}"
+        return f"E{self.num_experts}-k{self.top_k}"
 
     @property
     def flops(self) -> int:
-        return 6 * self.num_tokens * TOP_K * self.hidden_size * self.intermediate_size
+        return 6 * self.num_tokens * self.top_k * self.hidden_size * self.intermediate_size
 
     @property
     def num_bytes(self) -> int:
         """Weights and scales of as many experts as evenly spread routing hits on average; bf16 in and out."""
-        hit = self.num_experts * (1 - (1 - TOP_K / self.num_experts) ** self.num_tokens)
+        hit = self.num_experts * (1 - (1 - self.top_k / self.num_experts) ** self.num_tokens)
         weights = 3 * self.hidden_size * self.intermediate_size
         rows = 2 * self.intermediate_size + self.hidden_size
         scales = {"fp8_block": weights / 128**2, "bf16": 0, "fp8_token-channel": rows, "int8_token-channel": rows}.get(
             self.format, 2
         )
         expert = weights * {"bf16": 2, "nvfp4": 9 / 16}.get(self.format, 1) + 4 * scales
-        return round(hit * expert) + self.num_tokens * (4 * self.hidden_size + 8 * TOP_K)
+        expert += 2 * rows if self.activation == "gpt_oss" else 0
+        return round(hit * expert) + self.num_tokens * (4 * self.hidden_size + 8 * self.top_k)
 
 
 ALIGN_NUM_TOKENS = (1, 16, 256, 1024, 4096, 16384)
@@ -181,8 +190,16 @@ def sum_benchmarks() -> Iterator[MoeSumCase]:
 def fused_experts_benchmarks() -> Iterator[FusedExpertsCase]:
     for num_tokens in EXPERTS_NUM_TOKENS:
         yield FusedExpertsCase(num_tokens, 128, 2048, 768)  # Qwen3-30B-A3B
-    for num_tokens in (1, 4, 16):
+    for num_tokens in (1, 2, 4, 8, 16):
         yield FusedExpertsCase(num_tokens, 256, 7168, 2048)  # DeepSeek-V3
+        yield FusedExpertsCase(num_tokens, 128, 2880, 2880, "bf16", 4, "gpt_oss")  # gpt-oss-120b
+        yield FusedExpertsCase(num_tokens, 8, 4096, 14336, "fp8_tensor-expert-given", 2)  # Mixtral 8x7B
+    for num_tokens in (1, 8):
+        yield FusedExpertsCase(num_tokens, 8, 4096, 14336, "fp8_tensor-expert", 2)
+        yield FusedExpertsCase(num_tokens, 128, 4096, 1536)  # Qwen3-235B-A22B
+        yield FusedExpertsCase(num_tokens, 128, 4096, 1536, "fp8_token-channel")
+        yield FusedExpertsCase(num_tokens, 128, 2816, 704, "bf16", activation="gelu_tanh")  # Gemma 4 26B-A4B
+        yield FusedExpertsCase(num_tokens, 128, 2048, 768, activation="silu_clamped")
     eight_bits = ("fp8_token-channel", "fp8_tensor-expert", "fp8_tensor-expert-given", "int8_token-channel")
     for format in ("bf16", *eight_bits, "nvfp4"):
         for num_tokens in (1, 2, 4, 8, 16, 32):
@@ -191,7 +208,7 @@ def fused_experts_benchmarks() -> Iterator[FusedExpertsCase]:
 
 @dataclass(frozen=True)
 class FewTokensCase:
-    """The experts of one layer for few tokens. format: one of EXPERT_FORMATS."""
+    """The experts of one layer for few tokens. format and activation: as in FusedExpertsCase."""
 
     num_tokens: int
     num_experts: int
@@ -201,10 +218,13 @@ class FewTokensCase:
     routing: str = "random"
     ids: str = "int32"
     format: str = "fp8_block"
+    activation: str = "silu"
+    biases: bool = False
 
     def __str__(self) -> str:
         sizes = f"{self.num_tokens}-E{self.num_experts}-k{self.top_k}-{self.hidden_size}x{self.intermediate_size}"
-        return f"{self.format}-{sizes}-{self.routing}-{self.ids}"
+        more = f"-{self.activation}{'-biases' if self.biases else ''}".removeprefix("-silu")
+        return f"{self.format}-{sizes}-{self.routing}-{self.ids}{more}"
 
 
 ROUTINGS = ("random", "one_expert", "one_empty", "duplicated", "half_missing", "all_missing")
@@ -233,3 +253,14 @@ def few_tokens_tests() -> Iterator[FewTokensCase]:
     yield FewTokensCase(7, 3, 2, 4224, 1152, format="nvfp4")  # rows in pieces, the last of one block
     yield FewTokensCase(16, 6, 4, 2048, 1088, format="bf16")
     yield FewTokensCase(5, 3, 2, 192, 320, format="bf16")  # odd multiples of 64
+    for i, (format, activation) in enumerate(product(EXPERT_FORMATS, EXPERT_ACTIVATIONS)):
+        if format == "bf16" or activation != "gpt_oss":
+            for routing, num_tokens, biases in (("random", 3, True), ("duplicated", 13, i % 2 == 0)):
+                sizes = (num_tokens, 7, 4, 256, 128, routing)
+                yield FewTokensCase(*sizes, format=format, activation=activation, biases=biases)
+    # Many experts with biases, rows in pieces, and more blocks of down_kernel than multiprocessors.
+    yield FewTokensCase(16, 40, 6, 256, 320, "half_missing", format="bf16", activation="gpt_oss", biases=True)
+    for format in ("bf16", "fp8_block", "fp8_token-channel", "fp8_tensor-expert"):
+        yield FewTokensCase(1, 3, 2, 2304, 1152, format=format, activation="gelu", biases=True)
+        yield FewTokensCase(11, 3, 2, 4096, 256, format=format, biases=True)
+    yield FewTokensCase(7, 3, 2, 2880, 2880, format="bf16", activation="gpt_oss", biases=True)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from benchmarks import families
-from benchmarks.cases.moe import TOP_K, FusedExpertsCase, fused_experts_benchmarks
+from benchmarks.cases.moe import FusedExpertsCase, fused_experts_benchmarks
 from benchmarks.families import Missing, Run
 from benchmarks.families._common import (
     E4M3_MAX,
@@ -32,6 +32,7 @@ from benchmarks.families._common import (
     some_rows,
     verdict,
 )
+from vllm_b200_plugin.ops.gated_quant import activate_and_multiply
 from vllm_b200_plugin.ops.moe_few_tokens import (
     MAX_TOKENS_OF_ONE_SCALE,
     ExpertFormat,
@@ -52,6 +53,7 @@ cases = fused_experts_benchmarks
 
 
 GIVEN = {"x_scale": 2.0**-6, "hidden_scale": 2.0**-9}
+SWIGLU = {"activation": "silu_clamped", "limit": 7.0, "alpha": 1.702, "beta": 1.0}
 
 
 def record(case: FusedExpertsCase) -> dict[str, Any]:
@@ -61,20 +63,20 @@ def record(case: FusedExpertsCase) -> dict[str, Any]:
         "n": case.intermediate_size,
         "k": case.hidden_size,
         "dtype": {"bf16": "bf16", "int8": "int8", "nvfp": "bf16_e2m1"}.get(case.format[:4], "e4m3"),
-        "layout": case.experts_name + scales,
+        "layout": case.experts_name + scales + ("" if case.activation == "silu" else f"-{case.activation}"),
         "bytes": case.num_bytes,
         "flops": case.flops,
     }
 
 
 def _operands(case: FusedExpertsCase, seed: int) -> tuple[torch.Tensor | None, ...]:
-    """x, w13 and its scale, w2 and its scale, and for each token the weights and ids of TOP_K distinct experts."""
+    """x, w13 and its scale, w2 and its scale, and for each token the weights and ids of top_k distinct experts."""
     rng = generator(seed)
     x, w13, w2 = _loaded(case, rng)
     if case.format == "nvfp4":
         w13, w2 = ((pack(*w[:2]), w[2]) for pack, w in ((pack_w13, w13), (pack_w2, w2)))
     scores = torch.rand(case.num_tokens, case.num_experts, generator=rng, device=families.device)
-    weights, ids = scores.topk(TOP_K)
+    weights, ids = scores.topk(case.top_k)
     return x, *w13, *w2, weights / weights.sum(1, keepdim=True), ids.int()
 
 
@@ -109,23 +111,37 @@ def _given(case: FusedExpertsCase) -> dict[str, torch.Tensor]:
     return {name: torch.tensor([scale], device=families.device) for name, scale in scales.items()}
 
 
+def _gated(case: FusedExpertsCase, seed: int) -> dict[str, Any]:
+    """Arguments of few_tokens_moe for the activation and the biases."""
+    if case.activation != "gpt_oss":
+        return SWIGLU if case.activation == "silu_clamped" else {"activation": case.activation}
+    rng = generator(seed + 1)
+    w13_bias, w2_bias = (
+        normal((case.num_experts, rows), rng) for rows in (2 * case.intermediate_size, case.hidden_size)
+    )
+    return SWIGLU | {"interleaved": True, "w13_bias": w13_bias, "w2_bias": w2_bias}
+
+
 def ours(case: FusedExpertsCase, seed: int) -> Run:
-    assignments = case.num_tokens * TOP_K
+    assignments = case.num_tokens * case.top_k
     format = ExpertFormat[case.format.split("-")[0].upper()]
     sizes = (case.num_experts, case.hidden_size, case.intermediate_size)
     if refusal := few_tokens_refusal(assignments, *sizes, format):
         raise Missing(refusal)
     if case.format == "fp8_tensor-expert" and case.num_tokens > MAX_TOKENS_OF_ONE_SCALE:
         raise Missing(f"one scale for all activations is for {MAX_TOKENS_OF_ONE_SCALE} tokens at most")
-    operands, given = _operands(case, seed), _given(case)
+    operands, more = _operands(case, seed), _given(case) | _gated(case, seed)
     out = torch.empty_like(operands[0])
     scratch = out.new_empty(scratch_elements(assignments, case.intermediate_size))
-    return Run(lambda: few_tokens_moe(*operands, format=format, **given, scratch=scratch, out=out), (out,))
+    return Run(lambda: few_tokens_moe(*operands, format=format, **more, scratch=scratch, out=out), (out,))
 
 
-def _quant_config(case: FusedExpertsCase, w13_scale: Any, w2_scale: Any) -> Any:
+def _quant_config(case: FusedExpertsCase, w13_scale: Any, w2_scale: Any, seed: int) -> Any:
     if case.format == "bf16":
-        return None
+        if case.activation != "gpt_oss":
+            return None
+        gated = _gated(case, seed)
+        return peer(f"{FUSED_MOE}.config", "biased_moe_quant_config")(gated["w13_bias"], gated["w2_bias"])
     if case.format == "nvfp4":
         raise Missing("vLLM's Triton experts do not take NVFP4")
     make = peer(f"{FUSED_MOE}.config", "fp8_w8a8_moe_quant_config")
@@ -145,9 +161,14 @@ def _quant_config(case: FusedExpertsCase, w13_scale: Any, w2_scale: Any) -> Any:
 
 def vllm_triton(case: FusedExpertsCase, seed: int) -> Run:
     fused_experts = peer(f"{FUSED_MOE}.fused_moe", "fused_experts")
+    if case.activation == "silu_clamped":
+        raise Missing("vLLM's fused_experts has no limit; its experts class for layers has")
+    activation = peer(f"{FUSED_MOE}.activation", "MoEActivation")(
+        "swigluoai" if case.activation == "gpt_oss" else case.activation
+    )
     x, w13, w13_scale, w2, w2_scale, weights, ids = _operands(case, seed)
-    config = _quant_config(case, w13_scale, w2_scale)
-    return Returned(lambda: fused_experts(x, w13, w2, weights, ids, quant_config=config))
+    config = _quant_config(case, w13_scale, w2_scale, seed)
+    return Returned(lambda: fused_experts(x, w13, w2, weights, ids, activation=activation, quant_config=config))
 
 
 def vllm_cutlass(case: FusedExpertsCase, seed: int) -> Run:
@@ -159,13 +180,13 @@ def vllm_cutlass(case: FusedExpertsCase, seed: int) -> Run:
     silu = peer(f"{FUSED_MOE}.activation", "MoEActivation").SILU
     quant = peer("vllm._custom_ops", "scaled_fp8_quant")
     x, w13, w13_scale, w2, w2_scale, weights, ids = _operands(case, seed)
-    config = _quant_config(case, w13_scale, w2_scale)
+    config = _quant_config(case, w13_scale, w2_scale, seed)
     sizes = (case.hidden_size, case.intermediate_size, 2 * case.intermediate_size)
     by_hidden, by_intermediate, by_both = (
         torch.full((case.num_experts,), size, device=x.device, dtype=torch.int64) for size in sizes
     )
     scratch = make_scratch(num_experts=case.num_experts, num_local_experts=case.num_experts, device=x.device)
-    space = [x.new_empty(case.num_tokens * TOP_K, max(sizes)) for _ in range(2)]
+    space = [x.new_empty(case.num_tokens * case.top_k, max(sizes)) for _ in range(2)]
     out, by_token = torch.empty_like(x), config.per_act_token_quant
 
     def call() -> None:
@@ -198,7 +219,7 @@ def vllm_marlin(case: FusedExpertsCase, seed: int) -> Run:
     )
     out = torch.empty_like(x)
     widest = max(2 * case.intermediate_size, case.hidden_size)
-    space = [x.new_empty(case.num_tokens * TOP_K, size) for size in (widest, case.intermediate_size)]
+    space = [x.new_empty(case.num_tokens * case.top_k, size) for size in (widest, case.intermediate_size)]
 
     def call() -> None:
         experts(
@@ -259,7 +280,7 @@ def _moe_config(case: FusedExpertsCase, activation: Any) -> Any:
     ranks = {f"{kind}_rank": 0 for kind in ("tp", "pcp", "dp", "ep")}
     return peer(f"{FUSED_MOE}.config", "FusedMoEConfig")(
         num_experts=case.num_experts,
-        experts_per_token=TOP_K,
+        experts_per_token=case.top_k,
         hidden_dim=case.hidden_size,
         intermediate_size=case.intermediate_size,
         num_local_experts=case.num_experts,
@@ -291,28 +312,39 @@ def check(case: FusedExpertsCase, seed: int, outputs: tuple[torch.Tensor, ...]) 
     if case.format == "fp8_tensor-expert":  # the scale is that of all tokens
         tokens = some_rows(case.num_tokens, case.num_tokens)
     ways = (False, True) if case.format == "fp8_block" else (False,)
-    errors = [error_of(out[tokens], reference(case, operands, tokens, ue8m0)) for ue8m0 in ways]
+    gated = _gated(case, seed)
+    errors = [error_of(out[tokens], reference(case, operands, gated, tokens, ue8m0)) for ue8m0 in ways]
     return verdict(min(errors, key=abs), FP8_LIMIT, finite=bool(out.isfinite().all()))
 
 
 def reference(
-    case: FusedExpertsCase, operands: tuple[torch.Tensor | None, ...], tokens: torch.Tensor, ue8m0: bool
-) -> torch.Tensor:
+    case: FusedExpertsCase, operands: tuple[torch.Tensor | None, ...], gated: dict[str, Any], tokens: torch.Tensor,
+    ue8m0: bool,
+) -> torch.Tensor:  # fmt: skip
     """The layer's output for `tokens` in float64, with both activations quantised and bf16 between the products."""
     x, w13, w13_scale, w2, w2_scale, weights, ids = operands
-    given = _given(case)
+    given, biases = _given(case), [gated.get(name) for name in ("w13_bias", "w2_bias")]
+    numbers = [gated.get(name, 0.0) for name in ("limit", "alpha", "beta")]
     values = _quantised(x[tokens], case.format, given.get("x_scale"), ue8m0)
-    hidden = x.new_empty(len(tokens), TOP_K, case.intermediate_size)
+    hidden = x.new_empty(len(tokens), case.top_k, case.intermediate_size)
     for row, token in enumerate(tokens.tolist()):
         for slot, expert in enumerate(ids[token].tolist()):
-            gate, up = (_dequantised(w13, w13_scale, expert, unpack_w13) @ values[row]).bfloat16().chunk(2)
-            hidden[row, slot] = (torch.nn.functional.silu(gate.double()) * up.double()).bfloat16()
+            product = _biased(_dequantised(w13, w13_scale, expert, unpack_w13) @ values[row], biases[0], expert)
+            product = product.bfloat16().double()
+            if "interleaved" in gated:
+                product = torch.cat((product[::2], product[1::2]))
+            hidden[row, slot] = activate_and_multiply(product, gated["activation"], *numbers).bfloat16()
     values = _quantised(hidden.flatten(0, 1), case.format, given.get("hidden_scale"), ue8m0).view(hidden.shape)
     out = torch.zeros(len(tokens), x.shape[1], dtype=torch.float64, device=x.device)
     for row, token in enumerate(tokens.tolist()):
         for slot, (weight, expert) in enumerate(zip(weights[token].double(), ids[token].tolist(), strict=True)):
-            out[row] += weight * (_dequantised(w2, w2_scale, expert, unpack_w2) @ values[row, slot])
+            product = _dequantised(w2, w2_scale, expert, unpack_w2) @ values[row, slot]
+            out[row] += weight * _biased(product, biases[1], expert)
     return out
+
+
+def _biased(product: torch.Tensor, bias: torch.Tensor | None, expert: int) -> torch.Tensor:
+    return product if bias is None else product + bias[expert].double()
 
 
 def _dequantised(

@@ -52,6 +52,25 @@ const float* check_number(const std::optional<Tensor>& number, const char* name,
   return static_cast<const float*>(number->data_ptr());
 }
 
+const void* check_bias(const std::optional<Tensor>& bias, const char* name, int64_t num_experts, int64_t rows,
+                       int32_t device) {
+  if (!bias.has_value()) return nullptr;
+  STD_TORCH_CHECK(bias->scalar_type() == ScalarType::BFloat16 && bias->is_contiguous() && bias->dim() == 2 &&
+                      bias->size(0) == num_experts && bias->size(1) == rows && bias->get_device_index() == device,
+                  name, ": takes bfloat16 [", num_experts, ", ", rows, "], contiguous, on the device of x");
+  return bias->data_ptr();
+}
+
+Activation activation_of(int64_t index) {
+  switch (index) {
+    case 0: return Activation::kSilu;
+    case 1: return Activation::kSiluClamped;
+    case 2: return Activation::kGelu;
+    case 3: return Activation::kGeluTanh;
+    default: STD_TORCH_CHECK(false, "activation: takes 0 to 3, got ", index);
+  }
+}
+
 const float* floats(const std::optional<Tensor>& tensor) {
   return tensor.has_value() ? static_cast<const float*>(tensor->data_ptr()) : nullptr;
 }
@@ -63,8 +82,9 @@ const float* floats(const std::optional<Tensor>& tensor) {
 void few_tokens_moe_op(const Tensor& x, const Tensor& w13, std::optional<Tensor> w13_scale, const Tensor& w2,
                        std::optional<Tensor> w2_scale, std::optional<Tensor> topk_weights, const Tensor& topk_ids,
                        std::optional<Tensor> expert_map, std::optional<Tensor> x_scale,
-                       std::optional<Tensor> hidden_scale, Tensor scratch, Tensor out, bool up_first, int64_t format_id,
-                       bool pdl) {
+                       std::optional<Tensor> hidden_scale, std::optional<Tensor> w13_bias,
+                       std::optional<Tensor> w2_bias, Tensor scratch, Tensor out, bool up_first, bool interleaved,
+                       int64_t format_id, int64_t activation, double limit, double alpha, double beta, bool pdl) {
   STD_TORCH_CHECK(format_id >= 0 && format_id <= static_cast<int64_t>(ExpertFormat::kNvFp4), "format: got ",
                   format_id);
   const auto format = static_cast<ExpertFormat>(format_id);
@@ -72,7 +92,9 @@ void few_tokens_moe_op(const Tensor& x, const Tensor& w13, std::optional<Tensor>
   const bool maxima = format >= ExpertFormat::kFp8Token && !nvfp4;
   STD_TORCH_CHECK(x.dim() == 2 && w13.dim() == (nvfp4 ? 4 : 3) && topk_ids.dim() == 2,
                   "x and topk_ids: take 2 dimensions; w13: takes 3, with NVFP4 4");
-  STD_TORCH_CHECK(!nvfp4 || !up_first, "up_first: goes with other formats than NVFP4");
+  STD_TORCH_CHECK(!nvfp4 || (!up_first && activation == 0 && !w13_bias.has_value() && !w2_bias.has_value()),
+                  "up_first, activation, w13_bias, w2_bias: NVFP4 takes the gate's rows first, silu and no biases");
+  STD_TORCH_CHECK(bf16 || !interleaved, "interleaved: goes with bfloat16 weights");
   const int64_t num_tokens = x.size(0), hidden_size = x.size(1), top_k = topk_ids.size(1);
   const int64_t num_experts = w13.size(0), intermediate_size = nvfp4 ? w13.size(1) * 8 : w13.size(1) / 2;
   const int64_t multiple = bf16 ? 64 : 128;
@@ -137,6 +159,8 @@ void few_tokens_moe_op(const Tensor& x, const Tensor& w13, std::optional<Tensor>
   params.expert_map = expert_map.has_value() ? static_cast<const int32_t*>(expert_map->data_ptr()) : nullptr;
   params.x_scale = check_number(x_scale, "x_scale", format, device);
   params.hidden_scale = check_number(hidden_scale, "hidden_scale", format, device);
+  params.w13_bias = check_bias(w13_bias, "w13_bias", num_experts, 2 * intermediate_size, device);
+  params.w2_bias = check_bias(w2_bias, "w2_bias", num_experts, hidden_size, device);
   params.hidden = scratch.data_ptr();
   if (maxima && params.hidden_scale == nullptr) {
     params.maxima = static_cast<char*>(scratch.data_ptr()) + 2 * count * intermediate_size;
@@ -154,6 +178,9 @@ void few_tokens_moe_op(const Tensor& x, const Tensor& w13, std::optional<Tensor>
   params.up_first = up_first;
   params.row_scales = row_scales;
   params.format = format;
+  params.activation = activation_of(activation);
+  params.activation_params = {static_cast<float>(limit), static_cast<float>(alpha), static_cast<float>(beta)};
+  params.interleaved = interleaved;
   params.pdl = pdl;
 
   const torch::stable::accelerator::DeviceGuard guard(device);

@@ -16,6 +16,7 @@ import torch
 from vllm_b200_plugin import dispatch, vllm_compat
 from vllm_b200_plugin.features import NotForThisPlatform
 from vllm_b200_plugin.integration import library, report, vllm_branches
+from vllm_b200_plugin.integration.moe_activation import activation_arguments, bias_refusal
 from vllm_b200_plugin.ops.moe_few_tokens import (
     BLOCK_SHAPE,
     ExpertFormat,
@@ -62,6 +63,9 @@ class B200FewTokensExperts:
         if self._format == ExpertFormat.FP8_BLOCK and not self.up_first and vllm_compat.UE8M0_SCALES.get()():
             self._format = ExpertFormat.FP8_BLOCK_POW2
         self._limit = _limit(moe_config, self._format)
+        activation = activation_arguments(moe_config, quant_config)
+        assert activation is not None  # likewise
+        self._activation: dict[str, Any] = activation
         self._quantize_input = vllm_compat.MOE_QUANTIZE_INPUT.get()
         report.chosen(
             _layer_kind(self._format),
@@ -128,6 +132,9 @@ class B200FewTokensExperts:
                 expert_map=expert_map,
                 x_scale=self.quant_config.a1_scale if one_scale else None,
                 hidden_scale=self.quant_config.a2_scale if one_scale else None,
+                w13_bias=self.quant_config.w1_bias,
+                w2_bias=self.quant_config.w2_bias,
+                **self._activation,
                 up_first=self.up_first,
                 scratch=_scratch(workspace13, size, hidden_states),
                 out=output,
@@ -256,13 +263,11 @@ def refusal(moe_config: Any, quant_config: Any, up_first: bool = False, nvfp4: b
     """Why our kernels cannot do a layer, or None where they can. up_first, nvfp4: as of the class."""
     topk, num_experts, hidden_size, intermediate_size = _sizes(moe_config)
     format = format_of(quant_config, nvfp4)
-    if reason := _config_refusal(moe_config, format, up_first):
+    if reason := _config_refusal(moe_config, format, up_first, quant_config):
         return reason
     assert format is not None
-    if quant_config.gemm1_clamp_limit is not None:
-        return f"ours need silu without a limit, got {quant_config.gemm1_clamp_limit}"
-    if quant_config.w1_bias is not None or quant_config.w2_bias is not None:
-        return "ours have no bias"
+    if reason := bias_refusal(moe_config, quant_config, (2 * intermediate_size, hidden_size)):
+        return reason
     if format not in (ExpertFormat.BF16, ExpertFormat.NVFP4):  # whose scales are ours
         scales = (quant_config.w1_scale, quant_config.w2_scale)
         if any(scale is None or scale.dtype != torch.float32 or not scale.is_contiguous() for scale in scales):
@@ -278,10 +283,12 @@ def refusal(moe_config: Any, quant_config: Any, up_first: bool = False, nvfp4: b
     return few_tokens_refusal(_limit(moe_config, format) * topk, num_experts, hidden_size, intermediate_size, format)
 
 
-def _config_refusal(moe_config: Any, format: ExpertFormat | None, up_first: bool) -> str | None:
-    """The part of refusal() that is known before the weights are."""
+def _config_refusal(
+    moe_config: Any, format: ExpertFormat | None, up_first: bool, quant_config: Any = None
+) -> str | None:
+    """The part of refusal() that is known before the weights are, when quant_config is None."""
     parallel = moe_config.moe_parallel_config
-    activation = getattr(moe_config.activation, "value", moe_config.activation)
+    activation = activation_arguments(moe_config, quant_config)
     if vllm_compat.ENVS.get().VLLM_BATCH_INVARIANT:
         return "VLLM_BATCH_INVARIANT rules out a choice by the number of tokens"
     if _NAME in vllm_compat.ENVS.get().VLLM_DISABLED_KERNELS:
@@ -297,10 +304,15 @@ def _config_refusal(moe_config: Any, format: ExpertFormat | None, up_first: bool
         return f"ours were not measured beside FlashInfer's experts in {format.name}"
     if moe_config.in_dtype != torch.bfloat16:
         return f"ours need bfloat16 activations, got {moe_config.in_dtype}"
-    if activation != "silu" or moe_config.swiglu_limit is not None:
-        return f"ours need silu without a limit, got {activation} with {moe_config.swiglu_limit}"
-    if moe_config.has_bias:
-        return "ours have no bias"
+    if activation is None:
+        return (
+            "ours need silu, with a limit or without, gelu, gelu_tanh or a form of swigluoai, "
+            f"got {getattr(moe_config.activation, 'value', moe_config.activation)}"
+        )
+    if "interleaved" in activation and format != ExpertFormat.BF16:
+        return "ours take rows of gate and up in turns in bfloat16 alone"
+    if (up_first or format == ExpertFormat.NVFP4) and (activation != {"activation": "silu"} or moe_config.has_bias):
+        return "beside FlashInfer's experts and in NVFP4 ours need silu without a limit or biases"
     if moe_config.is_lora_enabled:
         return "LoRA needs the products apart"
     if format == ExpertFormat.NVFP4 and parallel.enable_eplb:

@@ -1,8 +1,9 @@
 """Feature nvfp4_moe_few_tokens: the same for NVFP4 experts whose activations stay bf16, as on Hopper.
 
-There vLLM takes Humming where humming-kernels is installed and Marlin where it is not. Each wants the weights in a
-layout of its own, ours in another: a layer that ours take for some number of tokens keeps both, 0.5625 bytes more for
-each of its weights. Ours is made just before vLLM converts what was loaded.
+Marlin wants the weights in a layout of its own, ours in another: a layer that ours take for some number of tokens keeps
+both, 0.5625 bytes more for each of its weights. Ours is made just before vLLM converts what was loaded. Where
+humming-kernels is installed, vLLM prefers those to Marlin on Hopper. They were not timed beside ours, which stay behind
+them: --moe-backend marlin makes room.
 """
 
 import functools
@@ -27,11 +28,9 @@ from vllm_b200_plugin.ops.nvfp4_experts import pack_w2, pack_w13
 
 __all__ = ["apply", "choice", "keep"]
 
-_BACKENDS = ("MARLIN", "HUMMING")  # those that leave activations as they are
-
 
 def apply() -> None:
-    """Put our classes in place of those of these backends, once, and let layers keep their weights for them."""
+    """Put our class in place of Marlin's, once, and let layers keep their weights for it."""
     require()
     backends, experts = vllm_compat.NVFP4_MOE_BACKENDS.get(), vllm_compat.NVFP4_MOE_EXPERTS.get()
     convert = vllm_compat.NVFP4_MOE_CONVERT.get()
@@ -39,14 +38,11 @@ def apply() -> None:
     allow(ExpertFormat.NVFP4)
     if getattr(experts, "_vllm_b200", False):
         return
-    taken = [getattr(backends, name) for name in _BACKENDS if hasattr(backends, name)]
     signature = inspect.signature(convert)
 
     def classes(backend: Any) -> list[type]:
         found = experts(backend)
-        if backend not in taken:
-            return found
-        return [cls if _is_batched(cls) else subclass_of(cls, False, True) for cls in found]
+        return [subclass_of(cls, False, True) for cls in found] if backend == backends.MARLIN else found
 
     @functools.wraps(convert)
     def keep_and_convert(*args: Any, **kwargs: Any) -> Any:
@@ -62,10 +58,6 @@ def apply() -> None:
     for module in list(sys.modules.values()):  # those that have imported it already
         if getattr(module, "__dict__", {}).get(name) is convert:
             setattr(module, name, keep_and_convert)
-
-
-def _is_batched(experts: Any) -> bool:
-    return experts.activation_format().name == "BatchedExperts"
 
 
 def keep(

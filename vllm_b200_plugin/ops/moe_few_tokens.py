@@ -7,6 +7,7 @@ import torch
 
 from vllm_b200_plugin.ops import _library
 from vllm_b200_plugin.ops._library import torch_library
+from vllm_b200_plugin.ops.gated_quant import ACTIVATIONS, activate_and_multiply
 from vllm_b200_plugin.ops.moe import check_experts
 from vllm_b200_plugin.ops.nvfp4_experts import unpack_w2, unpack_w13, unpacked_shape
 from vllm_b200_plugin.ops.nvfp4_quant import GROUP_SIZE, e2m1_to_float
@@ -30,7 +31,8 @@ class ExpertFormat(IntEnum):
     FP8_TOKEN = 3  # e4m3 with a scale for each output channel or expert; activations with one for each token
     FP8_TENSOR = 4  # the same; activations with one scale, given or that of the largest
     INT8_TOKEN = 5  # as FP8_TOKEN, in int8
-    NVFP4 = 6  # e2m1 with an e4m3 scale for each 16 and one for each expert, in tiles; activations as they are
+    # e2m1 with an e4m3 scale for each 16 and one for each expert, in tiles; activations as they are. Silu, no biases.
+    NVFP4 = 6
 
     @property
     def weight_dtype(self) -> torch.dtype:
@@ -68,19 +70,29 @@ def few_tokens_moe(
     expert_map: torch.Tensor | None = None,
     x_scale: torch.Tensor | None = None,
     hidden_scale: torch.Tensor | None = None,
+    w13_bias: torch.Tensor | None = None,
+    w2_bias: torch.Tensor | None = None,
+    activation: str = "silu",
+    limit: float = 0.0,
+    alpha: float = 1.0,
+    beta: float = 0.0,
     up_first: bool = False,
+    interleaved: bool = False,
     scratch: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     pdl: bool = True,
 ) -> torch.Tensor:
-    """For every token the weighted sum over its experts of silu_and_mul(x @ w13.T) @ w2.T, for few tokens: two kernels
-    that read the weights of each expert once for 16 tokens, without sorting, padding or quantising launches.
+    """For every token the weighted sum over its experts of activation(x @ w13.T + w13_bias) @ w2.T + w2_bias, for few
+    tokens: two kernels that read the weights of each expert once for 16 tokens, without sorting, padding or quantising
+    launches.
 
     The activations of both products are quantised as vLLM does: in groups as `per_token_group_quant`, by token as
     `per_token_quant`, by a given scale as `per_tensor_quant`, or by the scale max|x| / 448 of all that are numbers; in
     int8 as vLLM's Triton kernel: x * (127 / max(max|x|, 1e-10)) to the nearest, ties away from zero.
-    Between the products the values are rounded to bfloat16; the weighted sum is fp32. A row of the result depends on
-    no other, except through that last scale.
+    The halves of the first product, with their biases, are rounded to bfloat16, and so is what the activation, in fp32,
+    makes of both; the weighted sum, of fp32 products and biases, is fp32. vLLM's `swigluoai_and_mul` rounds like that,
+    its other activations round one factor besides. A row of the result depends on no other, except through that last
+    scale.
 
     Args:
         x: [num_tokens, hidden_size] bfloat16; rows may be strided, at multiples of 16 bytes.
@@ -98,8 +110,12 @@ def few_tokens_moe(
         expert_map: [num_global_experts] int32, the index in w13 of an id's expert, or -1 where it is not here.
         x_scale, hidden_scale: one float32 each, the scales of both products' activations with FP8_TENSOR; None: that
             of the largest, for 16 tokens at most.
+        w13_bias, w2_bias: [num_experts, 2 * intermediate_size], rows as those of w13, and [num_experts, hidden_size]
+            bfloat16, contiguous.
+        activation: one of gated_quant.ACTIVATIONS. limit, alpha, beta: of silu_clamped; gpt-oss has 7, 1.702 and 1.
         up_first: the first half of w13's rows is the one without the activation function, not the gate's. Not with
             NVFP4.
+        interleaved: w13's rows take turns, one of the gate's and one of the other half, as in gpt-oss; with BF16.
         scratch: bfloat16, contiguous, of scratch_elements() elements at least.
         out: [num_tokens, hidden_size] bfloat16: where to write the result.
         pdl: launch the first kernel with programmatic stream serialization.
@@ -113,8 +129,9 @@ def few_tokens_moe(
     w13_shape, w2_shape = (unpacked_shape(w) if format == ExpertFormat.NVFP4 else tuple(w.shape) for w in (w13, w2))
     check_experts(x, w13_shape, w2_shape, topk_ids if topk_weights is None else topk_weights, topk_ids)
     num_tokens, topk = topk_ids.shape
-    if up_first and format == ExpertFormat.NVFP4:
-        raise ValueError("up_first: goes with the other formats, got NVFP4")
+    plain = not up_first and activation == "silu" and w13_bias is None and w2_bias is None
+    if format == ExpertFormat.NVFP4 and not plain:
+        raise ValueError("up_first, activation, w13_bias, w2_bias: NVFP4 takes the gate's rows first, silu, no biases")
     if x.dtype != torch.bfloat16:
         raise ValueError(f"x: takes bfloat16, got {x.dtype}")
     sizes = (w13_shape[0], w13_shape[2], w13_shape[1] // 2)
@@ -122,13 +139,22 @@ def few_tokens_moe(
         raise ValueError(refusal)
     _check_scales(w13, w13_scale, w2, w2_scale, w13_shape, format)
     _check_given(x_scale, hidden_scale, num_tokens, format)
+    for name, bias, shape in (("w13_bias", w13_bias, w13.shape[:2]), ("w2_bias", w2_bias, w2.shape[:2])):
+        if bias is not None and (bias.dtype != torch.bfloat16 or bias.shape != shape or not bias.is_contiguous()):
+            raise ValueError(f"{name}: takes bfloat16 {list(shape)}, contiguous, got {bias.dtype} {list(bias.shape)}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation: takes one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    if activation == "silu_clamped" and not limit > 0:
+        raise ValueError(f"limit: silu_clamped takes one above 0, got {limit}")
+    if interleaved and format != ExpertFormat.BF16:
+        raise ValueError(f"interleaved: goes with BF16, got {format.name}")
     if scratch is None:
         scratch = x.new_empty(scratch_elements(num_tokens * topk, sizes[2]))
     if out is None:
         out = x.new_empty(x.shape)
     torch.ops.vllm_b200.few_tokens_moe(
-        x, w13, w13_scale, w2, w2_scale, topk_weights, topk_ids, expert_map, x_scale, hidden_scale, scratch, out,
-        up_first, int(format), pdl,
+        x, w13, w13_scale, w2, w2_scale, topk_weights, topk_ids, expert_map, x_scale, hidden_scale, w13_bias, w2_bias,
+        scratch, out, up_first, interleaved, int(format), ACTIVATIONS.index(activation), limit, alpha, beta, pdl,
     )  # fmt: skip
     return out
 
@@ -204,8 +230,9 @@ def _check_given(
 
 torch_library.define(
     "few_tokens_moe(Tensor x, Tensor w13, Tensor? w13_scale, Tensor w2, Tensor? w2_scale, Tensor? topk_weights, "
-    "Tensor topk_ids, Tensor? expert_map, Tensor? x_scale, Tensor? hidden_scale, Tensor(a!) scratch, Tensor(b!) out, "
-    "bool up_first, int format, bool pdl) -> ()"
+    "Tensor topk_ids, Tensor? expert_map, Tensor? x_scale, Tensor? hidden_scale, Tensor? w13_bias, Tensor? w2_bias, "
+    "Tensor(a!) scratch, Tensor(b!) out, bool up_first, bool interleaved, int format, int activation, float limit, "
+    "float alpha, float beta, bool pdl) -> ()"
 )
 
 
@@ -219,7 +246,8 @@ def _reference(
     x: torch.Tensor, w13: torch.Tensor, w13_scale: torch.Tensor | None, w2: torch.Tensor,
     w2_scale: torch.Tensor | None, topk_weights: torch.Tensor | None, topk_ids: torch.Tensor,
     expert_map: torch.Tensor | None, x_scale: torch.Tensor | None, hidden_scale: torch.Tensor | None,
-    scratch: torch.Tensor, out: torch.Tensor, up_first: bool, format: int, pdl: bool,
+    w13_bias: torch.Tensor | None, w2_bias: torch.Tensor | None, scratch: torch.Tensor, out: torch.Tensor,
+    up_first: bool, interleaved: bool, format: int, activation: int, limit: float, alpha: float, beta: float, pdl: bool,
 ) -> None:  # fmt: skip
     """The same values in PyTorch; leaves `scratch` alone."""
     scheme = ExpertFormat(format)
@@ -228,17 +256,21 @@ def _reference(
     values = _quantised(x, scheme, x_scale)
     hidden = x.new_zeros(*ids.shape, unpacked_shape(w2)[2] if scheme == ExpertFormat.NVFP4 else w2.shape[2])
     for expert, (tokens, slots) in routed:
-        weight = _weight(w13, w13_scale, expert, scheme, unpack_w13)
-        gate, up = (values[tokens] @ weight.t()).bfloat16().float().chunk(2, dim=-1)
-        if up_first:
-            gate, up = up, gate
-        hidden[tokens, slots] = (torch.nn.functional.silu(gate) * up).bfloat16()
+        product = values[tokens] @ _weight(w13, w13_scale, expert, scheme, unpack_w13).t()
+        if w13_bias is not None:
+            product += w13_bias[expert].float()
+        product = product.bfloat16().float()
+        halves = (product[:, ::2], product[:, 1::2]) if interleaved else product.chunk(2, dim=-1)
+        gate_up = torch.cat(halves[::-1] if up_first else halves, dim=-1)
+        hidden[tokens, slots] = activate_and_multiply(gate_up, ACTIVATIONS[activation], limit, alpha, beta).bfloat16()
     values = _quantised(hidden.flatten(0, 1), scheme, hidden_scale).view(hidden.shape)
     total = torch.zeros(x.shape)
     for expert, (tokens, slots) in routed:
         product = values[tokens, slots] @ _weight(w2, w2_scale, expert, scheme, unpack_w2).t()
-        factor = 1.0 if topk_weights is None else topk_weights[tokens, slots].unsqueeze(-1)
-        total.index_add_(0, tokens, product * factor)
+        if w2_bias is not None:
+            product += w2_bias[expert].float()
+        weight = 1.0 if topk_weights is None else topk_weights[tokens, slots].unsqueeze(-1)
+        total.index_add_(0, tokens, product * weight)
     out.copy_(total)
 
 

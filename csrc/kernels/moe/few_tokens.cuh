@@ -41,14 +41,11 @@ struct Format {
   static constexpr bool kQuantised = kScales != Scales::kNone && !kNvFp4;  // the activations
   using Value = std::conditional_t<
       kNvFp4, E2m1Pair, std::conditional_t<kInt8, int8_t, std::conditional_t<kQuantised, Fp8, Bf16>>>;
-  static constexpr int kBlock = kNvFp4 ? 128 : kBlockBytes / sizeof(Value);  // columns
-  static constexpr int kXBytes = kQuantised ? kBlock : 2 * kBlock;           // of a block of a row of activations
-  static constexpr int kXLoads = kXBytes / 64;                               // of a lane, of such a block
+  static constexpr int kBlock = kNvFp4 ? 128 : kBlockBytes / sizeof(Value);          // columns
+  static constexpr int kXBytes = kQuantised ? kBlock : 2 * kBlock;                   // of a block of activations
+  static constexpr int kXLoads = kXBytes / 64;                                       // of a lane, of such a block
   static constexpr int kTileBytes = kNvFp4 ? kNvFp4TileBytes : kRows * kBlockBytes;  // of a block of weights
-  // Of a row of w2, that a warp of down_kernel has in hand at once.
-  static constexpr int kWarpBlocks = kQuantised || kNvFp4 ? 1 : 2;
-  // Of gate_up_kernel. Widening e2m1 keeps more warps busy than the memory alone would.
-  static constexpr int kGateUpTeams = kNvFp4 ? 3 : kTeams;
+  static constexpr int kGateUpBlocks = kNvFp4 ? 32 : 16;                             // of a row, that come at once
 };
 
 __host__ __device__ constexpr int round_up(int value, int multiple) {
@@ -70,17 +67,15 @@ struct RowChunks {
   __host__ __device__ int stage_bytes() const { return kTileBytes * largest(); }
 };
 
-// What a thread asks for, buffer by buffer of a ring: no more than kAhead are on their way. More take no less time and
-// keep others' requests waiting.
-constexpr int kAhead = 2;
-
+// What a thread asks for, buffer by buffer of a ring: no more than `ahead` are on their way.
 struct WeightStream {
   Ring ring;
-  Ring arrived = ring;  // kAhead buffers behind
+  Ring arrived = ring;  // `ahead` buffers behind
+  int ahead;
   int fetched = 0;
   uint64_t policy = evict_first_policy();
 
-  __device__ explicit WeightStream(const Ring& ring) : ring(ring) {}
+  __device__ WeightStream(const Ring& ring, int ahead) : ring(ring), ahead(ahead) {}
   // Of 16 rows of `pitch` bytes, `bytes` from `column` on. `upper` and `lower`: the first of eight rows each.
   __device__ __forceinline__ void fetch(const uint8_t* upper, const uint8_t* lower, int column, int bytes, int pitch) {
     wait();
@@ -107,7 +102,7 @@ struct WeightStream {
   }
   // Until the current buffer may be asked for.
   __device__ __forceinline__ void wait() {
-    if (fetched++ >= kAhead && ring.stages >= kAhead) {
+    if (fetched++ >= ahead && ring.stages >= ahead) {
       barrier_wait(arrived.full(arrived.slot), arrived.parity);
       arrived.advance();
     }

@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "../quant/token_quant.h"
+
 namespace vllm_b200 {
 
 constexpr int kMaxAssignments = 512;  // num_tokens * top_k
@@ -32,6 +34,8 @@ struct FewTokensMoeParams {
                              // kNvFp4: [num_experts, hidden_size / 16, intermediate_size / 128, kNvFp4TileBytes]
   const float* w2_scale;     // blocks: [num_experts, hidden_size / 128, intermediate_size / 128]
                              // rows: [num_experts, hidden_size], experts and kNvFp4: [num_experts]
+  const void* w13_bias;      // bf16 [num_experts, 2 * intermediate_size], rows as those of w13; null: none
+  const void* w2_bias;       // bf16 [num_experts, hidden_size]; null: none
   const float* x_scale;      // kFp8Tensor: of x; null: that of the largest
   const float* hidden_scale; // kFp8Tensor: of the hidden activations; null: that of the largest
   const float* topk_weights; // [num_tokens, top_k]; null: 1
@@ -44,13 +48,18 @@ struct FewTokensMoeParams {
   int32_t hidden_size, intermediate_size;  // multiples of 128, with kBf16 of 64
   int64_t x_stride, out_stride;            // elements
   bool ids_are_int64;
-  bool up_first;  // w13's rows begin with those of the factor that has no activation function; not with kNvFp4
+  bool up_first;  // w13's rows begin with those of the factor that has no activation function; not with kNvFp4,
+                  // which takes no biases and kSilu, either
   bool row_scales;  // scales of tokens or tensors: those of w13 and w2 are for each row, not for each expert
   ExpertFormat format;
+  Activation activation;  // not kNone; of the two halves of the first product, each rounded to bf16
+  ActivationParams activation_params;
+  bool interleaved;  // w13's rows take turns: one of the gate's, one of the other factor's
+  int32_t ahead;  // few_tokens_moe() sets it
   bool pdl;       // launch the first kernel with programmatic stream serialization
 };
 
-// out = sum over a token's experts of weight * (silu(x w13_gate^T) * (x w13_up^T)) w2^T, with x and the hidden
+// out = sum over a token's experts of weight * (activation(x w13^T + w13_bias) w2^T + w2_bias), with x and the hidden
 // activations quantised as the format says. Ids outside [0, num_global_experts) add nothing.
 // Two launches for every 16 tokens, or fewer where the shared memory is small; a row of the result depends on no other,
 // but for kFp8Tensor with scales of the largest, which takes no more tokens than one pair of launches.

@@ -1,29 +1,35 @@
 #pragma once
 
+#include "../quant/row_source.cuh"
 #include "few_tokens_nvfp4.cuh"
 
 namespace vllm_b200 {
 
+constexpr int kGateUpWarps = 8;  // besides the one that fetches
+constexpr int kGateUpThreads = 32 * kGateUpWarps;
 constexpr int kGateUpRegisters = 128;  // no format needs more
-constexpr int kTeamWarps = 4, kTeamThreads = 32 * kTeamWarps;
-
-// Besides the warp that fetches.
-template <Scales kScales>
-constexpr int kGateUpWarps = kTeamWarps * Format<kScales>::kGateUpTeams;
-template <Scales kScales>
-constexpr int kGateUpThreads = 32 * kGateUpWarps<kScales>;
+constexpr int kTeamWarps = kGateUpWarps / kTeams, kTeamThreads = 32 * kTeamWarps;
 
 template <Scales kScales>
-using GateUpRows = RowChunks<16, Format<kScales>::kTileBytes>;
+using GateUpRows = RowChunks<Format<kScales>::kGateUpBlocks, Format<kScales>::kTileBytes>;
 
 __device__ __forceinline__ float silu(float x) { return __fdividef(x, 1.0f + __expf(-x)); }
 __device__ __forceinline__ float rounded(float x) { return __bfloat162float(__float2bfloat16_rn(x)); }
+
+__device__ __forceinline__ float activate(const FewTokensMoeParams& p, float gate, float up) {
+  switch (p.activation) {
+    case Activation::kSiluClamped:
+      return activate_and_multiply<Activation::kSiluClamped>(gate, up, p.activation_params);
+    case Activation::kGelu: return activate_and_multiply<Activation::kGelu>(gate, up, p.activation_params);
+    case Activation::kGeluTanh: return activate_and_multiply<Activation::kGeluTanh>(gate, up, p.activation_params);
+    default: return silu(gate) * up;
+  }
+}
 
 // The dynamic shared memory: barriers | assignments | scales of x | maxima of places | partial sums | x | ring.
 template <Scales kScales>
 struct GateUpLayout {
   using F = Format<kScales>;
-  static constexpr int kStages = 2 * F::kGateUpTeams;
   GateUpRows<kScales> rows;
   int assignments, scales, maxima, partials, activations, ring, end;
 
@@ -32,7 +38,7 @@ struct GateUpLayout {
     scales = round_up(assignments + Assignments::bytes(p), 16);
     maxima = scales + 4 * (F::kBlocks ? rows.blocks : 1) * p.num_tokens;
     partials = round_up(maxima + (F::kRowScales ? 4 * p.num_tokens * p.top_k : 0), 16);
-    activations = partials + 2 * kGateUpThreads<kScales> * 16 * (p.num_tokens > kTileTokens ? 2 : 1);
+    activations = partials + 2 * kGateUpThreads * 16 * (p.num_tokens > kTileTokens ? 2 : 1);
     ring = round_up(activations + p.num_tokens * rows.blocks * F::kXBytes, 128);
     end = ring + stages * rows.stage_bytes();
   }
@@ -111,16 +117,21 @@ struct TileScales<Scales::kNvFp4> {
   }
 };
 
+// x: of the gate's row of a column of `hidden`; y: of the other half's.
+__device__ __forceinline__ float2 tile_bias(const FewTokensMoeParams& p, int expert, int column) {
+  const Bf16* const bias = static_cast<const Bf16*>(p.w13_bias) + 2 * int64_t{expert} * p.intermediate_size;
+  const int lower = p.interleaved ? 2 * column : column, upper = p.interleaved ? lower + 1 : lower + p.intermediate_size;
+  const float first = __bfloat162float(bias[lower]), second = __bfloat162float(bias[upper]);
+  return p.up_first ? make_float2(second, first) : make_float2(first, second);
+}
+
 // A tile is 8 rows of the gate and the 8 of the other half that belong to the same columns, so that a lane holds both
-// factors of silu(gate) * up, which it writes to `hidden`, by places (see Entry).
-template <Scales kScales, int kSets>
+// factors of silu(gate) * up, which it writes to `hidden`, by places (see Entry). kGeneral: other activations, biases
+// and rows that take turns.
+template <Scales kScales, int kSets, bool kGeneral>
 __global__ void __maxnreg__(kGateUpRegisters) gate_up_kernel(const __grid_constant__ FewTokensMoeParams p, int stages) {
   using F = Format<kScales>;
   using Value = typename F::Value;
-  // Column i of the products is the tile's token i, not the batch's: an expert of many has few of 16, and one set of
-  // columns then.
-  constexpr bool kOwnColumns = F::kNvFp4 && kSets > 1;
-  constexpr int kWarps = kGateUpWarps<kScales>, kThreads = 32 * kWarps;
   constexpr int kBatch = F::kNvFp4 ? 2 : (F::kQuantised ? 2 : 4) * kSets;  // blocks of x that a lane loads at once
   extern __shared__ __align__(128) uint8_t shared[];
   const int lane = threadIdx.x % 32, warp = warp_index(), group = lane / 4, quad = lane % 4;
@@ -144,14 +155,14 @@ __global__ void __maxnreg__(kGateUpRegisters) gate_up_kernel(const __grid_consta
   auto find_x = [&] {
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
-      const int p_i = pair + 8 * kWarps * i, block = p_i / p.num_tokens;
+      const int p_i = pair + 8 * kGateUpWarps * i, block = p_i / p.num_tokens;
       sources[i] = static_cast<const Bf16*>(p.x) + (p_i - block * p.num_tokens) * p.x_stride + block * F::kBlock;
     }
   };
   auto load_x = [&] {
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
-      if (pair + 8 * kWarps * i < pairs) x[i].load(sources[i]);
+      if (pair + 8 * kGateUpWarps * i < pairs) x[i].load(sources[i]);
     }
   };
   find_x();
@@ -161,18 +172,21 @@ __global__ void __maxnreg__(kGateUpRegisters) gate_up_kernel(const __grid_consta
   // After the wait and not before: down_kernel reads topk_ids and topk_weights as soon as all blocks have come here.
   pdl_trigger();
   // Before the weights are asked for, behind which it would have to wait.
-  if (warp < kWarps) load_x();
+  if (warp < kGateUpWarps) load_x();
   assignments.collect<false>(p);
 
   const int expert_tiles = p.intermediate_size / (kRows / 2), tiles = assignments.size() * expert_tiles;
   const int block = blockIdx.x, share = tiles / static_cast<int>(gridDim.x), rest = tiles % static_cast<int>(gridDim.x);
   const int begin = share * block + min(block, rest), end = begin + share + (block < rest);
 
-  if (warp == kWarps) {
+  if (warp == kGateUpWarps) {
     if (!elect_lane()) return;
-    WeightStream weights(ring);
+    WeightStream weights(ring, p.ahead);
     const int pitch = p.hidden_size * sizeof(Value);
     const int64_t half = int64_t{p.intermediate_size} * pitch;
+    const bool interleaved = kGeneral && p.interleaved;
+    const int64_t lower = interleaved ? pitch : half;
+    const int tile_rows = interleaved ? kRows : kRows / 2, row_pitch = interleaved ? 2 * pitch : pitch;
 #pragma unroll 1
     for (Cursor at(begin, expert_tiles); at.tile < end; at.advance(expert_tiles)) {
       if constexpr (F::kNvFp4) {
@@ -185,11 +199,11 @@ __global__ void __maxnreg__(kGateUpRegisters) gate_up_kernel(const __grid_consta
         continue;
       }
       const uint8_t* const first = static_cast<const uint8_t*>(p.w13) + 2 * assignments[at.entry].expert * half +
-                                   int64_t{at.column_tile} * (kRows / 2) * pitch;
+                                   int64_t{at.column_tile} * tile_rows * pitch;
 #pragma unroll 1
       for (int chunk = 0; chunk < rows.chunks; ++chunk) {
-        weights.fetch(first + (p.up_first ? half : 0), first + (p.up_first ? 0 : half),
-                      chunk * rows.largest() * kBlockBytes, rows.blocks_of(chunk) * kBlockBytes, pitch);
+        weights.fetch(first + (p.up_first ? lower : 0), first + (p.up_first ? 0 : lower),
+                      chunk * rows.largest() * kBlockBytes, rows.blocks_of(chunk) * kBlockBytes, row_pitch);
       }
     }
     return;
@@ -197,7 +211,7 @@ __global__ void __maxnreg__(kGateUpRegisters) gate_up_kernel(const __grid_consta
 
   const int team = warp / kTeamWarps, member = warp % kTeamWarps;
   // The teams take turns with the tiles, where that gives each its own buffers.
-  const int teams = stages % (F::kGateUpTeams * rows.chunks) == 0 ? F::kGateUpTeams : 1;
+  const int teams = stages % (kTeams * rows.chunks) == 0 ? kTeams : 1;
   const TileScales<kScales> tile_scales(p, rows, member);
   Cursor at(begin + team, expert_tiles);
   auto scale_of = [&](const Cursor& cursor) {
@@ -208,7 +222,7 @@ __global__ void __maxnreg__(kGateUpRegisters) gate_up_kernel(const __grid_consta
 
   // The next pairs, if there are any.
   auto advance_x = [&] {
-    pair += 8 * kWarps * kBatch;
+    pair += 8 * kGateUpWarps * kBatch;
     if (__all_sync(kFullWarp, pair >= pairs)) return false;
     find_x();
     load_x();
@@ -218,7 +232,7 @@ __global__ void __maxnreg__(kGateUpRegisters) gate_up_kernel(const __grid_consta
     do {
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
-        const int p_i = pair + 8 * kWarps * i;
+        const int p_i = pair + 8 * kGateUpWarps * i;
         if constexpr (F::kRowScales) {
           uint32_t bits = p_i < pairs ? x[i].maximum() : 0;
           bits = max(bits, __shfl_xor_sync(kFullWarp, bits, 1));
@@ -228,16 +242,16 @@ __global__ void __maxnreg__(kGateUpRegisters) gate_up_kernel(const __grid_consta
       }
     } while (advance_x());
     pair = warp * 8 + group;
-    if (pairs > 8 * kWarps * kBatch) {
+    if (pairs > 8 * kGateUpWarps * kBatch) {
       find_x();
       load_x();
     }
-    sync_threads(1, kThreads);
+    sync_threads(1, kGateUpThreads);
   }
   do {
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
-      const int p_i = pair + 8 * kWarps * i, token = p_i % p.num_tokens;
+      const int p_i = pair + 8 * kGateUpWarps * i, token = p_i % p.num_tokens;
       uint8_t* const destination = shared + layout.activations + p_i * F::kXBytes;
       if constexpr (F::kBlocks) {
         const float s = x[i].quantize(destination, token, p_i < pairs);
@@ -251,7 +265,7 @@ __global__ void __maxnreg__(kGateUpRegisters) gate_up_kernel(const __grid_consta
       }
     }
   } while (advance_x());
-  sync_threads(1, kThreads);
+  sync_threads(1, kGateUpThreads);
   if (team >= teams) return;
 
   // Columns without a token take another's: nobody reads their sums.
@@ -271,9 +285,8 @@ __global__ void __maxnreg__(kGateUpRegisters) gate_up_kernel(const __grid_consta
       if constexpr (F::kRowScales) row_scales[set][i] = x[0].scale_of(x_maxima[F::kTokens ? column : 0], p.x_scale);
     }
   }
-  int column_tokens[kSets] = {};  // of kOwnColumns
   auto other_half = [&](int set) {
-    const int token = kOwnColumns ? column_tokens[set] : min(8 * set + group, last);
+    const int token = min(8 * set + group, last);
     return shared_half(token, 1) - shared_half(token, 0);
   };
   float4* const partials =
@@ -287,19 +300,14 @@ __global__ void __maxnreg__(kGateUpRegisters) gate_up_kernel(const __grid_consta
     for (int i = 0; i < teams; ++i) at.advance(expert_tiles);
     next_scale = scale_of(at);
     Sum<Value> sum[kSets][4] = {}, other[kSets][4] = {};
-    int columns = 8 * kSets;
-    if constexpr (kOwnColumns) {
-      const uint32_t tokens = assignments[current.entry].tokens;
-      columns = __popc(tokens);
-#pragma unroll
-      for (int set = 0; set < kSets; ++set) {
-        column_tokens[set] = nth_token(tokens, min(8 * set + group, columns - 1));
-        column_of[set] = shared_address(shared + layout.activations) +
-                         (member * p.num_tokens + column_tokens[set]) * F::kXBytes +
-                         shared_half(column_tokens[set], 0) + quad * 16;
+    int mine = 0;  // of the warp's blocks
+    float2 bias = {};
+    if constexpr (kGeneral) {
+      // Asked for before the weights are waited for.
+      if (p.w13_bias != nullptr && member == turn % kTeamWarps) {
+        bias = tile_bias(p, assignments[current.entry].expert, current.column_tile * (kRows / 2) + group);
       }
     }
-    int mine = 0;  // of the warp's blocks
 #pragma unroll 1
     for (int chunk = 0; chunk < rows.chunks; ++chunk) {
       const int blocks = rows.blocks_of(chunk), pitch = blocks * kBlockBytes;
@@ -316,7 +324,6 @@ __global__ void __maxnreg__(kGateUpRegisters) gate_up_kernel(const __grid_consta
         }
 #pragma unroll
         for (int set = 0; set < kSets; ++set) {
-          if (kOwnColumns && 8 * set >= columns) continue;
           const uint32_t address = column_of[set] + offset * F::kXBytes;
           uint4 column[F::kXLoads];
 #pragma unroll
@@ -359,7 +366,7 @@ __global__ void __maxnreg__(kGateUpRegisters) gate_up_kernel(const __grid_consta
       Bf16* const hidden = static_cast<Bf16*>(p.hidden) + hidden_column;
 #pragma unroll
       for (int set = 0; set < kSets; ++set) {
-        if (kSets > 1 && (kOwnColumns ? columns <= 8 * set : (entry.tokens >> 8 * set & 0xff) == 0)) continue;
+        if (kSets > 1 && (entry.tokens >> 8 * set & 0xff) == 0) continue;
         float4 total = {};
 #pragma unroll
         for (int i = 0; i < kTeamWarps; ++i) {
@@ -369,7 +376,7 @@ __global__ void __maxnreg__(kGateUpRegisters) gate_up_kernel(const __grid_consta
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           const int token = 8 * set + 2 * quad + i;
-          if (kOwnColumns ? token >= columns : !entry.has(token)) continue;
+          if (!entry.has(token)) continue;
           float gate = i == 0 ? total.x : total.y, up = i == 0 ? total.z : total.w;
           if constexpr (F::kRowScales) {
             gate = gate * row_scales[set][i] * scale.x;
@@ -377,8 +384,14 @@ __global__ void __maxnreg__(kGateUpRegisters) gate_up_kernel(const __grid_consta
           } else if constexpr (F::kNvFp4) {
             gate *= scale, up *= scale;
           }
-          const int place = kOwnColumns ? entry.first + token : entry.place(token);
-          const Bf16 value = __float2bfloat16_rn(silu(rounded(gate)) * rounded(up));
+          const int place = entry.place(token);
+          float product;
+          if constexpr (kGeneral) {
+            product = activate(p, rounded(gate + bias.x), rounded(up + bias.y));
+          } else {
+            product = silu(rounded(gate)) * rounded(up);
+          }
+          const Bf16 value = __float2bfloat16_rn(product);
           if constexpr (F::kRowScales) {
             const uint32_t bits = __bfloat16_as_ushort(value) & 0x7fff;
             // The scale of a tensor leaves NaN out.

@@ -73,17 +73,6 @@ struct WeightBlock<E2m1Pair> {
   }
 };
 
-// Of a set of 16, the element of that number, which there is.
-__device__ __forceinline__ int nth_token(uint32_t tokens, int number) {
-  int token = 0;
-#pragma unroll
-  for (int width = kMaxTokens / 2; width > 0; width /= 2) {
-    const int below = __popc(tokens >> token & ((1u << width) - 1));
-    if (number >= below) number -= below, token += width;
-  }
-  return token;
-}
-
 // What the sums of an expert's products are short of.
 __device__ __forceinline__ float nvfp4_factor(const float* global_scales, int expert) {
   return __ldg(global_scales + expert) * kNvFp4Unit;
