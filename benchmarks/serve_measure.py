@@ -89,7 +89,12 @@ def measure_prefill(
 
 
 def _first_token(times: list[float]) -> Line:
-    return {"ttft_ms": round(statistics.median(times), 3), "ttft_spread": round(max(times) - min(times), 3)}
+    spread = max(times) - min(times)
+    return {
+        "ttft_ms": round(statistics.median(times), 3),
+        "ttft_least_ms": round(min(times), 3),
+        "ttft_spread": round(spread, 3),
+    }
 
 
 def _side(model: str, batch: int, engine: Asked, tpot: list[float], ttft: list[float]) -> Line:

@@ -18,7 +18,6 @@ SCHEMAS = {
     "Tensor? maybe_expert_map, Tensor(a!)? scatter_idx=None) -> ()",
     "batched_moe_align_block_size": "(int max_tokens_per_batch, int block_size, Tensor expert_num_tokens, "
     f"{_ALIGNED}) -> ()",
-    "moe_sum": "(Tensor input, Tensor! output, Tensor? topk_ids=None, Tensor? expert_map=None) -> ()",
 }
 
 

@@ -11,7 +11,6 @@ from vllm_b200_plugin.features import FeatureUnavailable
 from vllm_b200_plugin.integration import moe_align_ops, topk_ops
 from vllm_b200_plugin.ops import _library
 from vllm_b200_plugin.ops.moe_align import batched_moe_align_block_size, moe_align_block_size
-from vllm_b200_plugin.ops.moe_sum import moe_sum
 from vllm_b200_plugin.ops.topk import Scoring, Selection, select_experts
 
 pytestmark = pytest.mark.skipif(not _library.status().loaded, reason="the CUDA library, which overrides, was not built")
@@ -129,9 +128,7 @@ def test_sizes_at_which_vllm_is_as_fast_go_to_the_original(ops):
         ids = torch.randint(num_experts, (num_tokens, 8), dtype=torch.int32)
         outputs = [torch.empty_like(t) for t in moe_align_block_size(ids, num_experts, 16)]
         ops.moe_align_block_size(ids, num_experts, 16, *outputs, None, None)
-    for num_tokens in (7, 33):
-        ops.moe_sum(torch.randn(num_tokens, 2, 64), torch.empty(num_tokens, 64))
-    names = ["grouped_topk", *["moe_align_block_size"] * 3, *["moe_sum"] * 2]
+    names = ["grouped_topk", *["moe_align_block_size"] * 3]
     assert [name for name, _ in ops.original_calls] == names
 
 
@@ -168,18 +165,6 @@ def test_batched_moe_align(ops):
     assert [name for name, _ in ops.original_calls] == ["batched_moe_align_block_size"]
 
 
-def test_moe_sum(ops):
-    x, ids = torch.randn(9, 4, 64).bfloat16(), torch.randint(-1, 8, (9, 4))
-    out = torch.empty(9, 64, dtype=torch.bfloat16)
-    ops.moe_sum(x, out)
-    assert torch.equal(out, moe_sum(x))
-    ops.moe_sum(x, out, ids, None)
-    assert torch.equal(out, moe_sum(x, ids))
-    assert not ops.original_calls
-    ops.moe_sum(x[:, :, :63], torch.empty(9, 63, dtype=torch.bfloat16))
-    assert [name for name, _ in ops.original_calls] == ["moe_sum"]
-
-
 def test_twice_is_once(ops):
     topk_ops.override(ops.namespace, "CPU")
     ops.topk_softmax(*plain_outputs(2), torch.randn(2, 600), True, None, None)
@@ -192,7 +177,7 @@ def test_another_namespace_is_refused_and_keeps_its_kernels(ops):
     define_moe_ops(library, "CPU", lambda name, *args: calls.append(name))
     with pytest.raises(FeatureUnavailable, match=f"{ops.namespace}::topk_softmax is ours for CPU already"):
         topk_ops.override(namespace, "CPU")
-    with pytest.raises(FeatureUnavailable, match="no op b200_none::moe_sum"):
+    with pytest.raises(FeatureUnavailable, match="no op b200_none::moe_align_block_size"):
         moe_align_ops.override("b200_none", "Meta")
     getattr(torch.ops, namespace).topk_softmax(*plain_outputs(2), torch.randn(2, 64), True, None, None)
     assert calls == ["topk_softmax"]

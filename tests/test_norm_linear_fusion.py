@@ -105,7 +105,7 @@ print(json.dumps(answers))
 def found(tmp_path_factory):
     folder = tmp_path_factory.mktemp("qwen3")
     (folder / "config.json").write_text(json.dumps(CONFIG))
-    environment = {"VLLM_B200_ENABLE": "norm_linear_fusion", "VLLM_B200_STRICT": "1", "HF_HUB_OFFLINE": "1"}
+    environment = {"VLLM_B200_STRICT": "1", "HF_HUB_OFFLINE": "1"}
     return answer(CODE.replace("FOLDER", str(folder)), **environment)
 
 

@@ -196,7 +196,7 @@ def found(tmp_path_factory):
     for name, folder in folders.items():
         with open(f"{folder}/config.json", "w") as file:
             json.dump(MODELS[name], file)
-    enabled = "norm_linear_fusion,few_token_graphs,int8_linear"
+    enabled = "int8_linear"
     environment = {"VLLM_B200_ENABLE": enabled, "VLLM_B200_STRICT": "1", "HF_HUB_OFFLINE": "1"}
     return answer(CODE.replace("FOLDERS", json.dumps(folders)), **environment)
 

@@ -90,7 +90,7 @@ FEATURES: tuple[Feature, ...] = (
     ),
     Feature(
         name="moe_align_ops",
-        changes="vLLM's own ops that sort tokens by expert and sum over a token's experts, wherever vLLM calls them",
+        changes="vLLM's own ops that sort tokens by expert, wherever vLLM calls them",
         needs="the CUDA library, compute capability 9.0, 10.0, 10.3 or 12.0",
         module="vllm_b200_plugin.integration.moe_align_ops",
         after="vllm._custom_ops",
@@ -175,16 +175,14 @@ FEATURES: tuple[Feature, ...] = (
         needs="the CUDA library, compute capability 9.0; fp8_block_linear, fp8_linear or int8_linear",
         module="vllm_b200_plugin.integration.norm_linear_fusion",
         after="vllm.compilation.passes.pass_manager",
-        trial=True,
     ),
     Feature(
         name="few_token_graphs",
-        changes="models with quantised layers: a compiled graph of its own for steps of up to 16 tokens, to which "
+        changes="FP8 and INT8 models on Hopper: a compiled graph of its own for steps of up to 16 tokens, to which "
         "norm_linear_fusion then keeps",
-        needs="a second compilation when a model starts for the first time",
+        needs="compute capability 9.0; a second compilation when a model starts for the first time",
         module="vllm_b200_plugin.integration.few_token_graphs",
         after="vllm.config.vllm",
-        trial=True,
     ),
     Feature(
         name="cpu_fp8_moe",
@@ -216,6 +214,14 @@ FEATURES: tuple[Feature, ...] = (
         needs="nothing",
         module="vllm_b200_plugin.integration.nvfp4_shards",
         after="vllm.model_executor.model_loader.base_loader",
+    ),
+    Feature(
+        name="nvfp4_moe_padding",
+        changes="NVFP4 experts whose share of a tensor-parallel rank needs padding, on vLLM's CUTLASS back end and "
+        "FlashInfer's, where vLLM refuses the model",
+        needs="nothing",
+        module="vllm_b200_plugin.integration.nvfp4_moe_padding",
+        after="vllm.model_executor.layers.fused_moe.oracle.nvfp4",
     ),
     Feature(
         name="cpu_nvfp4_linear",

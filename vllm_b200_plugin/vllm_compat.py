@@ -293,6 +293,20 @@ NVFP4_MOE_CONVERT = Private(
     "ours take them in another, made of what it gets",
     "experts that are given the weights as they were loaded",
 )
+NVFP4_MOE_PREPARE = Private(
+    _NVFP4_MOE_ORACLE,
+    "prepare_nvfp4_moe_layer_for_fi_or_cutlass",
+    "function: the weights of NVFP4 experts as FlashInfer and CUTLASS take them",
+    "it refuses gated experts that need padding",
+    "padding of gated experts for every back end",
+)
+NVFP4_MOE_ALIGN = Private(
+    "vllm.model_executor.layers.quantization.utils.flashinfer_utils",
+    "align_fp4_moe_weights_for_fi",
+    "function: pads gate, up and the down projection, each by itself",
+    "to pad for the other back ends, too",
+    "padding of gated experts for every back end",
+)
 NVFP4_DYNAMIC = Private(
     "vllm.model_executor.layers.quantization.utils.quant_utils",
     "kNvfp4Dynamic",
@@ -573,7 +587,6 @@ MOE_ALIGN_OPS = {
         "experts_ids",
         "num_tokens_post_pad",
     ),
-    "moe_sum": ("input", "output", "topk_ids", "expert_map"),
 }
 TOKEN_QUANT_OPS = {
     "dynamic_per_token_scaled_fp8_quant": ("result", "input", "scale", "scale_ub"),

@@ -24,7 +24,6 @@ using OptionalTensor = std::optional<Tensor>;
 // with 16 tokens, no faster with 1 and with 64.
 constexpr int64_t kGroupedFromTokens = 1024;
 constexpr int64_t kAlignUpToIds = 256, kAlignFromIds = 32768, kAlignFewIdsFromExperts = 65;
-constexpr int64_t kSumFromTokens = 8, kSumUpToTokens = 32;
 
 bool is_float(const Tensor& x) {
   const ScalarType type = x.scalar_type();
@@ -166,37 +165,12 @@ void batched_moe_align_block_size(int64_t max_tokens, int64_t block_size, Tensor
   }
 }
 
-void moe_sum(Tensor x, Tensor out, OptionalTensor topk_ids, OptionalTensor expert_map) {
-  bool fits = x.dim() == 3 && is_float(x) && out.scalar_type() == x.scalar_type() && out.is_contiguous();
-  if (fits) {
-    const int64_t vector = 16 / static_cast<int64_t>(x.element_size());
-    fits = x.size(0) >= kSumFromTokens && x.size(0) <= kSumUpToTokens && x.size(1) > 0 && x.numel() > 0 && out.numel() == x.size(0) * x.size(2) && x.size(2) % vector == 0 &&
-           x.stride(2) == 1 && x.stride(0) % vector == 0 && x.stride(1) % vector == 0 &&
-           reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0 &&
-           reinterpret_cast<uintptr_t>(out.data_ptr()) % 16 == 0 && is_int32(expert_map) && (topk_ids || !expert_map);
-    if (fits && topk_ids) {
-      const ScalarType id_type = topk_ids->scalar_type();
-      fits = (id_type == ScalarType::Int || id_type == ScalarType::Long) && topk_ids->dim() == 2 &&
-             topk_ids->size(0) == x.size(0) && topk_ids->size(1) == x.size(1);
-    }
-  }
-  const bool pdl = false;
-  if (!fits) {
-    call_dispatcher("vllm_b200::vllm_moe_sum", x, out, topk_ids, expert_map);
-  } else if (x.is_cuda()) {
-    moe_sum_op(x, out, topk_ids, expert_map, pdl);
-  } else {
-    call_dispatcher("vllm_b200::moe_sum", x, out, topk_ids, expert_map, pdl);
-  }
-}
-
 constexpr Override kOverrides[] = {
     VLLM_B200_OVERRIDE(topk_softmax),
     VLLM_B200_OVERRIDE(topk_sigmoid),
     VLLM_B200_OVERRIDE(grouped_topk),
     VLLM_B200_OVERRIDE(moe_align_block_size),
     VLLM_B200_OVERRIDE(batched_moe_align_block_size),
-    VLLM_B200_OVERRIDE(moe_sum),
 };
 
 }  // namespace

@@ -1,7 +1,6 @@
-"""Feature moe_align_ops: vLLM's sorting of tokens by expert, and its sum over a token's experts, run our kernels."""
+"""Feature moe_align_ops: vLLM's sorting of tokens by expert runs our kernels."""
 
-import vllm_b200_plugin.ops.moe_align
-import vllm_b200_plugin.ops.moe_sum  # noqa: F401 - both define ops
+import vllm_b200_plugin.ops.moe_align  # noqa: F401 - defines the ops
 from vllm_b200_plugin import vllm_compat
 from vllm_b200_plugin.integration import op_override
 
@@ -14,4 +13,4 @@ def apply() -> None:
 
 def override(namespace: str, dispatch_key: str) -> None:
     """Put ours before the kernels that the ops in `namespace` have for `dispatch_key`."""
-    op_override.override(vllm_compat.MOE_ALIGN_OPS, namespace, dispatch_key, "expert alignment and sum ops")
+    op_override.override(vllm_compat.MOE_ALIGN_OPS, namespace, dispatch_key, "expert alignment ops")

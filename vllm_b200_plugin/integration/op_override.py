@@ -95,7 +95,7 @@ def keep(name: str, original: Original, dispatch_key: str) -> None:
         _library.torch_library.define(kept + original.schema)
 
     def call(keyset: Any, *args: Any) -> Any:
-        report.chosen(name, "vLLM's kernel", "called with arguments that ours does not take")
+        report.chosen(name, "vLLM's kernel", "called with arguments or sizes that ours does not take")
         return original.kernel.call_boxed(keyset, *args)
 
     _library.torch_library.impl(kept, call, dispatch_key, with_keyset=True)
