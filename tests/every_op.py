@@ -17,6 +17,8 @@ from vllm_b200_plugin.ops.moe_align import batched_moe_align_block_size, moe_ali
 from vllm_b200_plugin.ops.moe_few_tokens import ExpertFormat, few_tokens_moe
 from vllm_b200_plugin.ops.moe_sum import moe_sum
 from vllm_b200_plugin.ops.norm_quant import rms_norm_group_quant, rms_norm_tensor_quant, rms_norm_token_quant
+from vllm_b200_plugin.ops.nvfp4_experts import pack_w2, pack_w13
+from vllm_b200_plugin.ops.nvfp4_quant import nvfp4_quant
 from vllm_b200_plugin.ops.quant import ScaleLayout, empty_scale, per_token_group_quant
 from vllm_b200_plugin.ops.router import router, router_gate, split_router
 from vllm_b200_plugin.ops.small_m_gemm import Config
@@ -41,6 +43,11 @@ class Model:
             scales = torch.rand(*shape[:-2], shape[-2] // 128, shape[-1] // 128, generator=generator)
             return (normal(*shape) * 100).to(E4M3).to(device), ((scales + 0.5) / 100).to(device)
 
+        def nvfp4(pack: Callable[..., torch.Tensor], *shape: int) -> tuple[torch.Tensor, torch.Tensor]:
+            q, scale = nvfp4_quant(normal(*shape).flatten(0, 1), torch.tensor(1e4))
+            tiles = pack(q.unflatten(0, shape[:2]), scale.unflatten(0, shape[:2]))
+            return tiles.to(device), torch.full(shape[:1], 1e-4, device=device)
+
         self.device = device
         self.square, self.square_scale = blocks(HIDDEN, HIDDEN)
         self.down, self.down_scale = blocks(HIDDEN, INTERMEDIATE)
@@ -61,6 +68,7 @@ class Model:
         self.slots = torch.arange(NUM_TOKENS, device=device)
         self.plain_experts = [normal(*shape).to(BF16).to(device) for shape in experts]
         self.channels = [torch.rand(shape[:2], generator=generator).to(device) / 50 for shape in experts]
+        self.nvfp4_experts = [*nvfp4(pack_w13, *experts[0]), *nvfp4(pack_w2, *experts[1])]
         self.residual = torch.zeros(NUM_TOKENS, HIDDEN, dtype=BF16, device=device)
         self.keys, self.values = (torch.zeros(2, 16, 2, 128, dtype=BF16, device=device) for _ in range(2))
         self.latents = torch.zeros(2, 16, HIDDEN, dtype=BF16, device=device)
@@ -187,6 +195,11 @@ def _token_experts(m: Model, h: torch.Tensor, pdl: bool, seen: list[torch.Tensor
     return few_tokens_moe(h, *operands, weights, ids, format=ExpertFormat.FP8_TOKEN, pdl=pdl)
 
 
+def _nvfp4_experts(m: Model, h: torch.Tensor, pdl: bool, seen: list[torch.Tensor]) -> torch.Tensor:
+    weights, ids = select_experts(router_gate(h, m.gate, pdl=pdl), Selection(TOPK), pdl=pdl)
+    return few_tokens_moe(h, *m.nvfp4_experts, weights, ids, format=ExpertFormat.NVFP4, pdl=pdl)
+
+
 def _router(m: Model, h: torch.Tensor, pdl: bool, seen: list[torch.Tensor]) -> torch.Tensor:
     _, weights, ids = router(h, m.gate, Selection(TOPK), pdl=pdl)
     return _experts(m, h, weights, ids, pdl)
@@ -242,6 +255,7 @@ STEPS: dict[str, Step] = {
     "select_experts": _gate_and_topk,
     "bf16_experts": _plain_experts,
     "fp8_token_experts": _token_experts,
+    "nvfp4_experts": _nvfp4_experts,
     "moe_align": _align,
     "moe_sum": _sum,
     "small_m_gemm": _gemm,

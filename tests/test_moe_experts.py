@@ -1,6 +1,8 @@
 """The experts for few tokens: the CPU reference and the CUDA kernels against a float64 composition on the same
 quantised operands, under the routings that occur."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -12,6 +14,8 @@ from vllm_b200_plugin.ops.moe_few_tokens import (
     few_tokens_refusal,
     scratch_elements,
 )
+from vllm_b200_plugin.ops.nvfp4_experts import pack_w2, pack_w13, unpack_w2, unpack_w13, unpacked_shape
+from vllm_b200_plugin.ops.nvfp4_quant import e2m1_to_float
 from vllm_b200_plugin.ops.quant import per_token_group_quant
 from vllm_b200_plugin.ops.token_quant import per_tensor_quant, per_token_quant
 
@@ -26,17 +30,25 @@ def make(case: FewTokensCase, device: str, seed: int = 0) -> tuple[torch.Tensor 
     """x, w13 and its scales, w2 and its scales, weights and ids of the experts."""
     rng = torch.Generator().manual_seed(seed)
     x = torch.randn(case.num_tokens, case.hidden_size, generator=rng).bfloat16()
-    w13 = weight((case.num_experts, 2 * case.intermediate_size, case.hidden_size), case.format, rng)
-    w2 = weight((case.num_experts, case.hidden_size, case.intermediate_size), case.format, rng)
+    w13 = weight((case.num_experts, 2 * case.intermediate_size, case.hidden_size), case.format, rng, pack_w13)
+    w2 = weight((case.num_experts, case.hidden_size, case.intermediate_size), case.format, rng, pack_w2)
     weights = torch.rand(case.num_tokens, case.top_k, generator=rng)
     ids = route(case, rng).to(getattr(torch, case.ids))
     return tuple(None if tensor is None else tensor.to(device) for tensor in (x, *w13, *w2, weights, ids))
 
 
-def weight(shape: tuple[int, int, int], format: str, rng: torch.Generator) -> tuple[torch.Tensor, torch.Tensor | None]:
+def weight(
+    shape: tuple[int, int, int], format: str, rng: torch.Generator, pack: Callable[..., torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """pack: for NVFP4."""
     normal = torch.randn(shape, generator=rng)
     if format == "bf16":
         return (normal / shape[2] ** 0.5).bfloat16(), None
+    if format == "nvfp4":
+        bits = torch.randint(0, 256, (*shape[:2], shape[2] // 2), generator=rng, dtype=torch.uint8)
+        groups = (torch.rand(*shape[:2], shape[2] // 16, generator=rng) * 60 + 2).to(torch.float8_e4m3fn)
+        scale = (torch.rand(shape[0], generator=rng) + 0.5) / (100 * shape[2] ** 0.5)
+        return pack(bits, groups), scale
     blocks = (shape[0], shape[1] // BLOCK, shape[2] // BLOCK)
     dtype, largest = (torch.int8, 127) if "int8" in format else (torch.float8_e4m3fn, 448)
     scales = shape[:2] if "channel" in format else shape[:1] if "expert" in format else blocks
@@ -84,10 +96,15 @@ def route(case: FewTokensCase, rng: torch.Generator) -> torch.Tensor:
     return ids
 
 
-def weights_of(expert: int, w: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+def weights_of(
+    expert: int, w: torch.Tensor, scale: torch.Tensor | None, unpack: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+) -> torch.Tensor:
     if scale is None:
         return w[expert].double()
     own = scale[expert].double()
+    if w.dtype == torch.uint8:
+        bits, groups = (tensor.squeeze(0) for tensor in unpack(w[expert : expert + 1]))
+        return e2m1_to_float(bits).double() * groups.double().repeat_interleave(16, 1) * own
     if own.dim() == 2:
         own = own.repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)
     return w[expert].double() * (own.unsqueeze(-1) if own.dim() == 1 else own)
@@ -95,7 +112,7 @@ def weights_of(expert: int, w: torch.Tensor, scale: torch.Tensor | None) -> torc
 
 def quantised(x: torch.Tensor, format: str, given: torch.Tensor | None) -> torch.Tensor:
     """The values that rows stand for, in float64."""
-    if format == "bf16":
+    if format in ("bf16", "nvfp4"):
         return x.double()
     if "block" in format:
         q, scale = per_token_group_quant(x, ue8m0="pow2" in format)
@@ -120,17 +137,17 @@ def in_float64(
     none = torch.zeros(1, 1, device=x.device).expand(len(w13), 1)
     w13_bias, w2_bias = (gated.get(name, none).double() for name in ("w13_bias", "w2_bias"))
     values = quantised(x, format, given.get("x_scale"))
-    hidden = x.new_zeros(*ids.shape, w2.shape[2])
+    hidden = x.new_zeros(*ids.shape, unpacked_shape(w2)[2] if format == "nvfp4" else w2.shape[2])
     routed = [(expert, (ids == expert).nonzero(as_tuple=True)) for expert in ids[ids >= 0].unique().tolist()]
     for expert, (tokens, slots) in routed:
-        gate_up = values[tokens] @ weights_of(expert, w13, w13_scale).T + w13_bias[expert]
+        gate_up = values[tokens] @ weights_of(expert, w13, w13_scale, unpack_w13).T + w13_bias[expert]
         gate_up = gate_up.bfloat16().double()
         gate, up = (gate_up[:, ::2], gate_up[:, 1::2]) if gated.get("interleaved") else gate_up.chunk(2, -1)
         hidden[tokens, slots] = product_of(gate, up, gated).bfloat16()
     values = quantised(hidden.flatten(0, 1), format, given.get("hidden_scale")).view(hidden.shape)
     out = torch.zeros(x.shape, dtype=torch.float64, device=x.device)
     for expert, (tokens, slots) in routed:
-        products = values[tokens, slots] @ weights_of(expert, w2, w2_scale).T + w2_bias[expert]
+        products = values[tokens, slots] @ weights_of(expert, w2, w2_scale, unpack_w2).T + w2_bias[expert]
         out.index_put_((tokens,), weights[tokens, slots].double().unsqueeze(-1) * products, accumulate=True)
     return out
 
@@ -180,7 +197,7 @@ def test_cuda_every_number_of_tokens(top_k: int, format: str) -> None:
         assert abs(difference(run(case, operands), in_float64(*operands, format))) < limit_of(format), num_tokens
 
 
-@FORMATS
+@pytest.mark.parametrize("format", [f for f in EXPERT_FORMATS if f != "nvfp4"])
 @pytest.mark.parametrize("device", DEVICES)
 def test_up_first(device: str, format: str) -> None:
     case = FewTokensCase(5, 6, 2, 256, 384, format=format)
@@ -309,6 +326,7 @@ def test_cuda_graph_chain_and_streams(num_tokens: int, format: str) -> None:
 
 @FORMATS
 def test_is_one_op_for_torch_compile(format: str) -> None:
+    torch._dynamo.reset()  # there are more formats than recompilations allowed
     operands, more = make(FewTokensCase(3, 4, 2, 128, 128, format=format), "cpu"), options(format, "cpu")
     compiled = torch.compile(few_tokens_moe, backend="eager", fullgraph=True)
     assert torch.equal(compiled(*operands, **more), few_tokens_moe(*operands, **more))
@@ -362,6 +380,8 @@ def test_errors_name_the_argument(index: int, change: object, words: str) -> Non
 @pytest.mark.parametrize(
     "format, index, words",
     [
+        ("nvfp4", 2, "w13_scale, w2_scale: NVFP4 takes"),
+        ("nvfp4", 1, "w13, w2: NVFP4 takes"),
         ("fp8_block", 2, "w13_scale, w2_scale: FP8_BLOCK takes"),
         ("bf16", 1, "w13: takes torch.bfloat16 with BF16"),
         ("fp8_token-channel", 4, "FP8_TOKEN takes"),
@@ -382,3 +402,9 @@ def test_one_scale_for_all_activations() -> None:
         run(case, operands)
     with pytest.raises(ValueError, match="x_scale: goes with FP8_TENSOR"):
         few_tokens_moe(*operands, format=ExpertFormat.FP8_TOKEN, x_scale=torch.ones(1))
+
+
+def test_nvfp4_goes_with_the_gate_first() -> None:
+    operands = make(FewTokensCase(3, 4, 2, 128, 128, format="nvfp4"), "cpu")
+    with pytest.raises(ValueError, match="NVFP4 takes the gate's rows first"):
+        few_tokens_moe(*operands, format=ExpertFormat.NVFP4, up_first=True)

@@ -38,8 +38,9 @@ PLAIN_SCALES_BELOW = 32
 # 32. The same experts in other formats, in another run (fused_experts_formats.jsonl), with one and 16 tokens: bf16
 # 25 us against 31, 177 against 198; FP8 with scales of channels and tokens 19 against 27, 105 against 116, and 54 and
 # 147 of vLLM's CUTLASS; FP8 with one scale for all activations 19 against 34, 101 against 123, given 18 against 26,
-# 100 against 115. INT8 was not measured beside vLLM's.
-FEW_TOKENS_MOE = {"fp8_block": 16, "fp8_token": 16, "fp8_tensor": 16, "int8_token": 0, "bf16": 16}
+# 100 against 115. INT8 was not measured beside vLLM's. NVFP4 beside Marlin (fused_experts_nvfp4.jsonl), with one, eight
+# and 16 tokens: 15 against 33, 57 against 80, 109 against 104.
+FEW_TOKENS_MOE = {"fp8_block": 16, "fp8_token": 16, "fp8_tensor": 16, "int8_token": 0, "bf16": 16, "nvfp4": 8}
 MIN_TOPK = 4  # 8 were measured
 # Experts of more weights than this, (topk, hidden size, intermediate size), are ours as they were measured, in one run
 # with Triton's and, without block scales, CUTLASS (fused_experts_large.jsonl), with one, eight and 16 tokens: 102 us
@@ -217,7 +218,7 @@ def few_tokens_limit(
         num_experts, hidden_size, intermediate_size: of the layer on this GPU.
         capability: compute capability, for example (9, 0).
         format: fp8_block, fp8_token (a scale for each channel and token), fp8_tensor (for each expert and all
-            activations), int8_token or bf16.
+            activations), int8_token, bf16 or nvfp4 (bf16 activations).
     """
     if capability != (9, 0):
         return 0

@@ -200,6 +200,14 @@ FEATURES: tuple[Feature, ...] = (
         trial=True,
     ),
     Feature(
+        name="nvfp4_moe_few_tokens",
+        changes="NVFP4 experts whose activations stay bf16, beside Marlin: two kernels of ours for few tokens",
+        needs="the CUDA library, compute capability 9.0, 10.0, 10.3 or 12.0; memory for a second copy of these weights",
+        module="vllm_b200_plugin.integration.moe_few_tokens_nvfp4",
+        after="vllm.model_executor.layers.fused_moe.oracle.nvfp4",
+        trial=True,
+    ),
+    Feature(
         name="nvfp4_shard_scales",
         changes="NVFP4 layers that vLLM fuses from parts with global scales of their own (q, k and v; gate and up): "
         "each part with its scale, where vLLM takes one for all",

@@ -286,6 +286,13 @@ NVFP4_MOE_BACKENDS = Private(
 NVFP4_MOE_EXPERTS = Private(
     _NVFP4_MOE_ORACLE, "backend_to_kernel_cls", "function: backend -> experts classes", "to name our class", _OOT_MOE
 )
+NVFP4_MOE_CONVERT = Private(
+    _NVFP4_MOE_ORACLE,
+    "convert_to_nvfp4_moe_kernel_format",
+    "function: a layer's weights in the form that a backend's experts take",
+    "ours take them in another, made of what it gets",
+    "experts that are given the weights as they were loaded",
+)
 NVFP4_MOE_PREPARE = Private(
     _NVFP4_MOE_ORACLE,
     "prepare_nvfp4_moe_layer_for_fi_or_cutlass",

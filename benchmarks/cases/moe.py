@@ -104,6 +104,7 @@ EXPERT_FORMATS = (
     "fp8_tensor-expert",
     "fp8_tensor-expert-given",
     "int8_token-channel",
+    "nvfp4",
 )
 
 
@@ -149,7 +150,7 @@ class FusedExpertsCase:
         scales = {"fp8_block": weights / 128**2, "bf16": 0, "fp8_token-channel": rows, "int8_token-channel": rows}.get(
             self.format, 2
         )
-        expert = weights * (2 if self.format == "bf16" else 1) + 4 * scales
+        expert = weights * {"bf16": 2, "nvfp4": 9 / 16}.get(self.format, 1) + 4 * scales
         expert += 2 * rows if self.activation == "gpt_oss" else 0
         return round(hit * expert) + self.num_tokens * (4 * self.hidden_size + 8 * self.top_k)
 
@@ -199,7 +200,8 @@ def fused_experts_benchmarks() -> Iterator[FusedExpertsCase]:
         yield FusedExpertsCase(num_tokens, 128, 4096, 1536, "fp8_token-channel")
         yield FusedExpertsCase(num_tokens, 128, 2816, 704, "bf16", activation="gelu_tanh")  # Gemma 4 26B-A4B
         yield FusedExpertsCase(num_tokens, 128, 2048, 768, activation="silu_clamped")
-    for format in ("bf16", "fp8_token-channel", "fp8_tensor-expert", "fp8_tensor-expert-given", "int8_token-channel"):
+    eight_bits = ("fp8_token-channel", "fp8_tensor-expert", "fp8_tensor-expert-given", "int8_token-channel")
+    for format in ("bf16", *eight_bits, "nvfp4"):
         for num_tokens in (1, 2, 4, 8, 16, 32):
             yield FusedExpertsCase(num_tokens, 128, 2048, 768, format)
 
@@ -248,10 +250,11 @@ def few_tokens_tests() -> Iterator[FewTokensCase]:
         yield FewTokensCase(5, 3, 2, 2304, 256, format=format)
         yield FewTokensCase(12, 3, 2, 2304, 1152, "one_empty", format=format)
         yield FewTokensCase(2, 3, 2, 8192, 128, format=format)
+    yield FewTokensCase(7, 3, 2, 4224, 1152, format="nvfp4")  # rows in pieces, the last of one block
     yield FewTokensCase(16, 6, 4, 2048, 1088, format="bf16")
     yield FewTokensCase(5, 3, 2, 192, 320, format="bf16")  # odd multiples of 64
     for i, (format, activation) in enumerate(product(EXPERT_FORMATS, EXPERT_ACTIVATIONS)):
-        if format == "bf16" or activation != "gpt_oss":
+        if format == "bf16" or (activation != "gpt_oss" and format != "nvfp4"):
             for routing, num_tokens, biases in (("random", 3, True), ("duplicated", 13, i % 2 == 0)):
                 sizes = (num_tokens, 7, 4, 256, 128, routing)
                 yield FewTokensCase(*sizes, format=format, activation=activation, biases=biases)

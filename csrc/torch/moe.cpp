@@ -85,15 +85,19 @@ void few_tokens_moe_op(const Tensor& x, const Tensor& w13, std::optional<Tensor>
                        std::optional<Tensor> hidden_scale, std::optional<Tensor> w13_bias,
                        std::optional<Tensor> w2_bias, Tensor scratch, Tensor out, bool up_first, bool interleaved,
                        int64_t format_id, int64_t activation, double limit, double alpha, double beta, bool pdl) {
-  STD_TORCH_CHECK(x.dim() == 2 && w13.dim() == 3 && topk_ids.dim() == 2,
-                  "x and topk_ids: take 2 dimensions; w13: takes 3");
-  STD_TORCH_CHECK(format_id >= 0 && format_id <= static_cast<int64_t>(ExpertFormat::kInt8Token), "format: got ",
+  STD_TORCH_CHECK(format_id >= 0 && format_id <= static_cast<int64_t>(ExpertFormat::kNvFp4), "format: got ",
                   format_id);
   const auto format = static_cast<ExpertFormat>(format_id);
-  const bool bf16 = format == ExpertFormat::kBf16, maxima = format >= ExpertFormat::kFp8Token;
+  const bool bf16 = format == ExpertFormat::kBf16, nvfp4 = format == ExpertFormat::kNvFp4;
+  const bool maxima = format >= ExpertFormat::kFp8Token && !nvfp4;
+  STD_TORCH_CHECK(x.dim() == 2 && w13.dim() == (nvfp4 ? 4 : 3) && topk_ids.dim() == 2,
+                  "x and topk_ids: take 2 dimensions; w13: takes 3, with NVFP4 4");
+  STD_TORCH_CHECK(!nvfp4 || (!up_first && activation == 0 && !w13_bias.has_value() && !w2_bias.has_value()),
+                  "up_first, activation, w13_bias, w2_bias: NVFP4 takes the gate's rows first, silu and no biases");
   STD_TORCH_CHECK(bf16 || !interleaved, "interleaved: goes with bfloat16 weights");
   const int64_t num_tokens = x.size(0), hidden_size = x.size(1), top_k = topk_ids.size(1);
-  const int64_t num_experts = w13.size(0), intermediate_size = w13.size(1) / 2, multiple = bf16 ? 64 : 128;
+  const int64_t num_experts = w13.size(0), intermediate_size = nvfp4 ? w13.size(1) * 8 : w13.size(1) / 2;
+  const int64_t multiple = bf16 ? 64 : 128;
   STD_TORCH_CHECK(hidden_size % multiple == 0 && intermediate_size % multiple == 0 && hidden_size > 0 &&
                       intermediate_size > 0 && intermediate_size < (1 << 20),
                   "hidden and intermediate size: take multiples of ", multiple, ", got ", hidden_size, " and ",
@@ -106,13 +110,19 @@ void few_tokens_moe_op(const Tensor& x, const Tensor& w13, std::optional<Tensor>
   const int32_t device = x.get_device_index();
   check_rows(x, "x", num_tokens, hidden_size);
   check_rows(out, "out", num_tokens, hidden_size);
-  const auto weight_type = bf16                               ? ScalarType::BFloat16
+  const auto weight_type = bf16                                 ? ScalarType::BFloat16
+                           : nvfp4                              ? ScalarType::Byte
                            : format == ExpertFormat::kInt8Token ? ScalarType::Char
                                                                 : ScalarType::Float8_e4m3fn;
-  const bool row_scales = w13_scale.has_value() && w13_scale->dim() == 2;
-  check_contiguous(w13, "w13", weight_type, {num_experts, 2 * intermediate_size, hidden_size});
+  const bool row_scales = !nvfp4 && w13_scale.has_value() && w13_scale->dim() == 2;
+  if (nvfp4) {
+    check_contiguous(w13, "w13", weight_type, {num_experts, intermediate_size / 8, hidden_size / 128, kNvFp4TileBytes});
+    check_contiguous(w2, "w2", weight_type, {num_experts, hidden_size / 16, intermediate_size / 128, kNvFp4TileBytes});
+  } else {
+    check_contiguous(w13, "w13", weight_type, {num_experts, 2 * intermediate_size, hidden_size});
+    check_contiguous(w2, "w2", weight_type, {num_experts, hidden_size, intermediate_size});
+  }
   check_scale(w13_scale, "w13_scale", format, row_scales, num_experts, 2 * intermediate_size, hidden_size, device);
-  check_contiguous(w2, "w2", weight_type, {num_experts, hidden_size, intermediate_size});
   check_scale(w2_scale, "w2_scale", format, row_scales, num_experts, hidden_size, intermediate_size, device);
   const int64_t elements = count * (intermediate_size + (maxima ? intermediate_size / 8 : 0));
   STD_TORCH_CHECK(scratch.scalar_type() == ScalarType::BFloat16 && scratch.is_contiguous() &&

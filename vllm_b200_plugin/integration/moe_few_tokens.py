@@ -25,33 +25,38 @@ from vllm_b200_plugin.ops.moe_few_tokens import (
     scale_shapes,
     scratch_elements,
 )
+from vllm_b200_plugin.ops.nvfp4_experts import unpacked_shape
 
 FORMATS = (ExpertFormat.FP8_BLOCK, ExpertFormat.FP8_BLOCK_POW2)
 _applied: set[ExpertFormat] = set()  # those of the features in place
 _NAME = "B200FewTokensExperts"  # for VLLM_DISABLED_KERNELS
+KEPT = ("b200_w13", "b200_w13_scale", "b200_w2", "b200_w2_scale")  # buffers of an NVFP4 layer
 
 
 class B200FewTokensExperts:
     """Mixin before `theirs`, the experts class that vLLM chose; subclass_of() makes the classes.
 
-    up_first: whether vLLM reorders w13 for `theirs` so that the gate's rows come second.
+    up_first: whether vLLM reorders w13 for `theirs` so that the gate's rows come second. nvfp4: whether these are the
+    experts of NVFP4 layers, whose weights we keep in a layout of our own.
     """
 
     theirs: Any
     up_first: bool
+    nvfp4: bool
+    _kept: tuple[torch.Tensor, ...] | None = None
     moe_config: Any
     quant_config: Any
 
     def __new__(cls, moe_config: Any, quant_config: Any, *args: Any, **kwargs: Any) -> Any:
-        if reason := refusal(moe_config, quant_config, cls.up_first):
-            report.chosen(_layer_kind(format_of(quant_config)), cls.theirs.__name__, f"vLLM's own: {reason}")
+        if reason := refusal(moe_config, quant_config, cls.up_first, cls.nvfp4):
+            report.chosen(_layer_kind(format_of(quant_config, cls.nvfp4)), cls.theirs.__name__, f"vLLM's own: {reason}")
             return cls.theirs(moe_config, quant_config, *args, **kwargs)
         return super().__new__(cls)
 
     def __init__(self, moe_config: Any, quant_config: Any) -> None:
         super().__init__(moe_config, quant_config)  # type: ignore[call-arg]
         self._theirs = self.theirs(moe_config, quant_config)
-        format = format_of(quant_config)
+        format = format_of(quant_config, self.nvfp4)
         assert format is not None  # or __new__ had refused
         self._format: ExpertFormat = format
         # FlashInfer's CUTLASS experts quantise by themselves, with plain scales.
@@ -70,6 +75,14 @@ class B200FewTokensExperts:
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         self._theirs.process_weights_after_loading(layer)
+        self._kept = kept(layer)
+
+    def _operands(self, w1: torch.Tensor, w2: torch.Tensor) -> tuple[Any, ...] | None:
+        """w13 and w2 for our kernels, each with its scale; None where a layer has none."""
+        if self.nvfp4:
+            return self._kept
+        w1_scale, w2_scale = _weight_scales(self.quant_config, self._format)
+        return w1, w1_scale, w2, w2_scale
 
     @property
     def expects_unquantized_inputs(self) -> bool:
@@ -99,17 +112,20 @@ class B200FewTokensExperts:
     ) -> Any:
         """Write the layer's result, [num_tokens, hidden_size], to `output`."""
         num_tokens, topk = topk_ids.shape
-        if num_tokens <= self._limit and _takes(
-            hidden_states, topk_weights, topk_ids, expert_map, w1.shape[0], global_num_experts
+        operands = self._operands(w1, w2) if num_tokens <= self._limit else None
+        if operands is not None and _takes(
+            hidden_states, topk_weights, topk_ids, expert_map, operands[0].shape[0], global_num_experts
         ):
+            up, up_scale, down, down_scale = operands
             one_scale = self._format == ExpertFormat.FP8_TENSOR
-            w1_scale, w2_scale = _weight_scales(self.quant_config, self._format)
+            intermediate_size = unpacked_shape(down)[2] if self.nvfp4 else down.shape[2]
+            size = scratch_elements(num_tokens * topk, intermediate_size)
             few_tokens_moe(
                 hidden_states,
-                w1,
-                w1_scale,
-                w2,
-                w2_scale,
+                up,
+                up_scale,
+                down,
+                down_scale,
                 None if apply_router_weight_on_input else topk_weights,
                 topk_ids,
                 format=self._format,
@@ -120,7 +136,7 @@ class B200FewTokensExperts:
                 w2_bias=self.quant_config.w2_bias,
                 **self._activation,
                 up_first=self.up_first,
-                scratch=_scratch(workspace13, scratch_elements(num_tokens * topk, w2.shape[2]), hidden_states),
+                scratch=_scratch(workspace13, size, hidden_states),
                 out=output,
             )
             return None
@@ -196,8 +212,16 @@ def _layer_kind(format: ExpertFormat | None) -> str:
     return "FP8 block experts" if format.has_blocks else f"{format.name.split('_')[0].replace('BF', 'bf')} experts"
 
 
-def format_of(quant_config: Any) -> ExpertFormat | None:
-    """The format of a layer's experts, None for one that our kernels do not have."""
+def kept(layer: torch.nn.Module) -> tuple[torch.Tensor, ...] | None:
+    """The copy of a layer's weights that keep() made, in the order of few_tokens_moe's arguments."""
+    tensors = tuple(getattr(layer, name, None) for name in KEPT)
+    return None if any(tensor is None for tensor in tensors) else tensors
+
+
+def format_of(quant_config: Any, nvfp4: bool = False) -> ExpertFormat | None:
+    """The format of a layer's experts, None for one that our kernels do not have. nvfp4: as of the class."""
+    if nvfp4:
+        return ExpertFormat.NVFP4 if quant_config.quant_dtype is None else None
     if quant_config.quant_dtype is None and quant_config.weight_quant_dtype is None:
         return ExpertFormat.BF16
     if quant_config.use_int8_w8a8 and quant_config.block_shape is None and quant_config.per_act_token_quant:
@@ -211,6 +235,8 @@ def format_of(quant_config: Any) -> ExpertFormat | None:
 
 def _format_before_loading(method: Any) -> ExpertFormat | None:
     """The same from vLLM's method of a layer whose weights are not there yet."""
+    if method.experts_cls.nvfp4:
+        return ExpertFormat.NVFP4
     if hasattr(method, "unquantized_backend"):
         return ExpertFormat.BF16
     if block_shape := getattr(method, "weight_block_size", None):
@@ -233,16 +259,16 @@ def _weight_scales(quant_config: Any, format: ExpertFormat) -> tuple[torch.Tenso
     return tuple(s.squeeze(-1) if s.dim() > 1 else s for s in (w1_scale, w2_scale))
 
 
-def refusal(moe_config: Any, quant_config: Any, up_first: bool = False) -> str | None:
-    """Why our kernels cannot do a layer, or None where they can. up_first: as of the class."""
+def refusal(moe_config: Any, quant_config: Any, up_first: bool = False, nvfp4: bool = False) -> str | None:
+    """Why our kernels cannot do a layer, or None where they can. up_first, nvfp4: as of the class."""
     topk, num_experts, hidden_size, intermediate_size = _sizes(moe_config)
-    format = format_of(quant_config)
+    format = format_of(quant_config, nvfp4)
     if reason := _config_refusal(moe_config, format, up_first, quant_config):
         return reason
     assert format is not None
     if reason := bias_refusal(moe_config, quant_config, (2 * intermediate_size, hidden_size)):
         return reason
-    if format != ExpertFormat.BF16:
+    if format not in (ExpertFormat.BF16, ExpertFormat.NVFP4):  # whose scales are ours
         scales = (quant_config.w1_scale, quant_config.w2_scale)
         if any(scale is None or scale.dtype != torch.float32 or not scale.is_contiguous() for scale in scales):
             return "ours need float32 scales of the weights"
@@ -268,7 +294,10 @@ def _config_refusal(
     if _NAME in vllm_compat.ENVS.get().VLLM_DISABLED_KERNELS:
         return f"VLLM_DISABLED_KERNELS names {_NAME}"
     if format is None:
-        return "ours need bfloat16, or 8 bits with scales of blocks of 128x128, of channels or of experts"
+        return (
+            "ours need bfloat16, 8 bits with scales of blocks of 128x128, of channels or of experts, or NVFP4 with "
+            "activations that are not quantised"
+        )
     if format not in _applied:
         return f"the feature for {format.name} is off"
     if up_first and not format.has_blocks:
@@ -282,14 +311,27 @@ def _config_refusal(
         )
     if "interleaved" in activation and format != ExpertFormat.BF16:
         return "ours take rows of gate and up in turns in bfloat16 alone"
-    if up_first and (activation != {"activation": "silu"} or moe_config.has_bias):
-        return "beside FlashInfer's experts ours need silu without a limit or biases"
+    if (up_first or format == ExpertFormat.NVFP4) and (activation != {"activation": "silu"} or moe_config.has_bias):
+        return "beside FlashInfer's experts and in NVFP4 ours need silu without a limit or biases"
     if moe_config.is_lora_enabled:
         return "LoRA needs the products apart"
+    if format == ExpertFormat.NVFP4 and parallel.enable_eplb:
+        return "moving experts between ranks would leave our copy of the weights behind"
     if parallel.use_all2all_kernels or parallel.dp_size > 1:
         return "tokens are sent between ranks in vLLM's own quantisation"
     choice = dispatch.few_tokens_moe(1, *_sizes(moe_config), vllm_compat.capability() or (0, 0), _name(format))
     return None if choice.kernel == dispatch.FEW_TOKENS else choice.reason
+
+
+def refusal_before_loading(method: Any) -> str | None:
+    """The same from vLLM's method of a layer whose experts class is one of ours."""
+    topk, num_experts, hidden_size, intermediate_size = _sizes(method.moe)
+    format = _format_before_loading(method)
+    if reason := _config_refusal(method.moe, format, method.experts_cls.up_first):
+        return reason
+    assert format is not None
+    count = _limit(method.moe, format) * topk
+    return few_tokens_refusal(count, num_experts, hidden_size, intermediate_size, format)
 
 
 def choice(layer: Any, num_tokens: int) -> dispatch.Choice | None:
@@ -298,9 +340,9 @@ def choice(layer: Any, num_tokens: int) -> dispatch.Choice | None:
     experts = getattr(method, "experts_cls", None)
     if not (isinstance(experts, type) and issubclass(experts, B200FewTokensExperts)):
         return None
-    format = _format_before_loading(method)
-    reason = _config_refusal(method.moe, format, experts.up_first)
+    reason = refusal_before_loading(method)
     if reason is None:
+        format = _format_before_loading(method)
         few = dispatch.few_tokens_moe(
             num_tokens, *_sizes(method.moe), vllm_compat.capability() or (0, 0), _name(format)
         )
@@ -312,28 +354,38 @@ def choice(layer: Any, num_tokens: int) -> dispatch.Choice | None:
 
 
 @functools.cache
-def subclass_of(theirs: type, up_first: bool) -> type:
+def subclass_of(theirs: type, up_first: bool, nvfp4: bool = False) -> type:
     """B200FewTokensExperts before `theirs`, an experts class of vLLM's in the modular, not batched, form."""
     name = f"B200FewTokens{theirs.__name__}"
-    return type(name, (B200FewTokensExperts, theirs), {"theirs": theirs, "up_first": up_first})
+    return type(name, (B200FewTokensExperts, theirs), {"theirs": theirs, "up_first": up_first, "nvfp4": nvfp4})
 
 
 def apply() -> None:
     install(vllm_compat.MOE_BACKENDS, vllm_compat.MOE_EXPERTS, FORMATS)
 
 
-def install(
-    backend_names: vllm_compat.Private, classes_of: vllm_compat.Private, formats: Collection[ExpertFormat]
-) -> None:
-    """Put our classes in place of those that an oracle of vLLM's offers, once, and let them take `formats`."""
+def allow(*formats: ExpertFormat) -> None:
+    """Let our classes take them."""
+    _applied.update(formats)
+
+
+def require() -> None:
+    """Raises FeatureUnavailable where our kernels do not run."""
     platform = vllm_compat.CURRENT_PLATFORM.get()
     if not platform.is_cuda():
         raise NotForThisPlatform(f"for CUDA, vLLM runs on {platform.device_name}")
     library.require()
+
+
+def install(
+    backend_names: vllm_compat.Private, classes_of: vllm_compat.Private, formats: Collection[ExpertFormat]
+) -> None:
+    """Put our classes in place of those that an oracle of vLLM's offers, once, and let them take `formats`."""
+    require()
     backends, experts = backend_names.get(), classes_of.get()
     vllm_compat.MOE_QUANTIZE_INPUT.get()
     vllm_compat.UE8M0_SCALES.get()
-    _applied.update(formats)
+    allow(*formats)
     if getattr(experts, "_vllm_b200", False):
         return
     # The backends that leave the weights as the checkpoint has them, but for the order of w13's halves.

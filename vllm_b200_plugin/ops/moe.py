@@ -1,5 +1,7 @@
 """Mixture-of-experts layers on FP8 operands with block scales: the reference."""
 
+from collections.abc import Sequence
+
 import torch
 
 from vllm_b200_plugin.ops import _library
@@ -39,7 +41,7 @@ def fp8_block_scaled_moe(
     Raises:
         ValueError: an argument is not as above.
     """
-    check_experts(x, w13, w2, topk_weights, topk_ids)
+    check_experts(x, w13.shape, w2.shape, topk_weights, topk_ids)
     return torch.ops.vllm_b200.fp8_block_scaled_moe(
         x, w13, w13_scale, w2, w2_scale, topk_weights, topk_ids, list(block_shape)
     )
@@ -94,17 +96,17 @@ def local_ids(topk_ids: torch.Tensor, expert_map: torch.Tensor) -> torch.Tensor:
 
 
 def check_experts(
-    x: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor
+    x: torch.Tensor, w13: Sequence[int], w2: Sequence[int], topk_weights: torch.Tensor, topk_ids: torch.Tensor
 ) -> None:
-    """Whether shapes go together; raises ValueError where they do not."""
+    """Whether shapes go together, w13 and w2 those of the weights; raises ValueError where they do not."""
     if x.dim() != 2:
         raise ValueError(f"x: takes [num_tokens, hidden_size], got {tuple(x.shape)}")
     num_tokens, hidden_size = x.shape
-    if w13.dim() != 3 or w13.shape[2] != hidden_size or w13.shape[1] % 2:
-        raise ValueError(f"w13: takes [num_experts, 2 * intermediate_size, {hidden_size}], got {tuple(w13.shape)}")
-    expected = (w13.shape[0], hidden_size, w13.shape[1] // 2)
-    if w2.shape != expected:
-        raise ValueError(f"w2: takes {expected}, got {tuple(w2.shape)}")
+    if len(w13) != 3 or w13[2] != hidden_size or w13[1] % 2:
+        raise ValueError(f"w13: takes [num_experts, 2 * intermediate_size, {hidden_size}], got {tuple(w13)}")
+    expected = (w13[0], hidden_size, w13[1] // 2)
+    if tuple(w2) != expected:
+        raise ValueError(f"w2: takes {expected}, got {tuple(w2)}")
     if topk_ids.dim() != 2 or topk_ids.shape[0] != num_tokens or topk_ids.is_floating_point():
         raise ValueError(f"topk_ids: takes integers [{num_tokens}, topk], got {topk_ids.dtype} {tuple(topk_ids.shape)}")
     if topk_weights.shape != topk_ids.shape:

@@ -1,5 +1,6 @@
 """The experts of a mixture-of-experts layer for few tokens: two kernels and their reference."""
 
+from collections.abc import Callable, Sequence
 from enum import IntEnum
 
 import torch
@@ -8,6 +9,8 @@ from vllm_b200_plugin.ops import _library
 from vllm_b200_plugin.ops._library import torch_library
 from vllm_b200_plugin.ops.gated_quant import ACTIVATIONS, activate_and_multiply
 from vllm_b200_plugin.ops.moe import check_experts
+from vllm_b200_plugin.ops.nvfp4_experts import unpack_w2, unpack_w13, unpacked_shape
+from vllm_b200_plugin.ops.nvfp4_quant import GROUP_SIZE, e2m1_to_float
 from vllm_b200_plugin.ops.quant import QUANT_MAX, per_token_group_quant
 from vllm_b200_plugin.ops.token_quant import check_number, per_tensor_quant, per_token_quant
 
@@ -28,12 +31,21 @@ class ExpertFormat(IntEnum):
     FP8_TOKEN = 3  # e4m3 with a scale for each output channel or expert; activations with one for each token
     FP8_TENSOR = 4  # the same; activations with one scale, given or that of the largest
     INT8_TOKEN = 5  # as FP8_TOKEN, in int8
+    # e2m1 with an e4m3 scale for each 16 and one for each expert, in tiles; activations as they are. Silu, no biases.
+    NVFP4 = 6
 
     @property
     def weight_dtype(self) -> torch.dtype:
         if self == ExpertFormat.BF16:
             return torch.bfloat16
+        if self == ExpertFormat.NVFP4:
+            return torch.uint8
         return torch.int8 if self == ExpertFormat.INT8_TOKEN else torch.float8_e4m3fn
+
+    @property
+    def quantises(self) -> bool:
+        """The activations."""
+        return self not in (ExpertFormat.BF16, ExpertFormat.NVFP4)
 
     @property
     def has_blocks(self) -> bool:
@@ -84,10 +96,12 @@ def few_tokens_moe(
 
     Args:
         x: [num_tokens, hidden_size] bfloat16; rows may be strided, at multiples of 16 bytes.
-        w13: [num_experts, 2 * intermediate_size, hidden_size] bfloat16, float8_e4m3fn or int8, as `format` says.
+        w13: [num_experts, 2 * intermediate_size, hidden_size] bfloat16, float8_e4m3fn or int8, as `format` says; with
+            NVFP4 as `ops.nvfp4_experts.pack_w13` returns it.
         w13_scale: float32. Blocks: [num_experts, 2 * intermediate_size / 128, hidden_size / 128]; channels:
-            [num_experts, 2 * intermediate_size]; experts: [num_experts]; None with BF16.
-        w2: [num_experts, hidden_size, intermediate_size] in the dtype of w13.
+            [num_experts, 2 * intermediate_size]; experts, and NVFP4's global scales: [num_experts], what the values
+            are multiplied by; None with BF16.
+        w2: [num_experts, hidden_size, intermediate_size] in the dtype of w13; with NVFP4 as `pack_w2` returns it.
         w2_scale: [num_experts, hidden_size / 128, intermediate_size / 128], [num_experts, hidden_size],
             [num_experts] or None likewise, of as many dimensions as w13_scale.
         topk_weights: [num_tokens, topk] float32; None: the experts are summed as they are.
@@ -99,7 +113,8 @@ def few_tokens_moe(
         w13_bias, w2_bias: [num_experts, 2 * intermediate_size], rows as those of w13, and [num_experts, hidden_size]
             bfloat16, contiguous.
         activation: one of gated_quant.ACTIVATIONS. limit, alpha, beta: of silu_clamped; gpt-oss has 7, 1.702 and 1.
-        up_first: the first half of w13's rows is the one without the activation function, not the gate's.
+        up_first: the first half of w13's rows is the one without the activation function, not the gate's. Not with
+            NVFP4.
         interleaved: w13's rows take turns, one of the gate's and one of the other half, as in gpt-oss; with BF16.
         scratch: bfloat16, contiguous, of scratch_elements() elements at least.
         out: [num_tokens, hidden_size] bfloat16: where to write the result.
@@ -111,14 +126,18 @@ def few_tokens_moe(
     Raises:
         ValueError: an argument is not as above; few_tokens_refusal() says for which sizes.
     """
-    check_experts(x, w13, w2, topk_ids if topk_weights is None else topk_weights, topk_ids)
+    w13_shape, w2_shape = (unpacked_shape(w) if format == ExpertFormat.NVFP4 else tuple(w.shape) for w in (w13, w2))
+    check_experts(x, w13_shape, w2_shape, topk_ids if topk_weights is None else topk_weights, topk_ids)
     num_tokens, topk = topk_ids.shape
+    plain = not up_first and activation == "silu" and w13_bias is None and w2_bias is None
+    if format == ExpertFormat.NVFP4 and not plain:
+        raise ValueError("up_first, activation, w13_bias, w2_bias: NVFP4 takes the gate's rows first, silu, no biases")
     if x.dtype != torch.bfloat16:
         raise ValueError(f"x: takes bfloat16, got {x.dtype}")
-    sizes = (w13.shape[0], w13.shape[2], w13.shape[1] // 2)
+    sizes = (w13_shape[0], w13_shape[2], w13_shape[1] // 2)
     if refusal := few_tokens_refusal(num_tokens * topk, *sizes, format):
         raise ValueError(refusal)
-    _check_scales(w13, w13_scale, w2, w2_scale, format)
+    _check_scales(w13, w13_scale, w2, w2_scale, w13_shape, format)
     _check_given(x_scale, hidden_scale, num_tokens, format)
     for name, bias, shape in (("w13_bias", w13_bias, w13.shape[:2]), ("w2_bias", w2_bias, w2.shape[:2])):
         if bias is not None and (bias.dtype != torch.bfloat16 or bias.shape != shape or not bias.is_contiguous()):
@@ -169,27 +188,29 @@ def few_tokens_refusal(
     return None
 
 
-def scale_shapes(w13_shape: torch.Size, format: ExpertFormat) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """The shapes that w13_scale and w2_scale may have; none with BF16."""
+def scale_shapes(w13_shape: Sequence[int], format: ExpertFormat) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """The shapes that w13_scale and w2_scale may have; none with BF16. w13_shape: in elements."""
     experts, rows, hidden_size = w13_shape
     if format.has_blocks:
         return [((experts, rows // 128, hidden_size // 128), (experts, hidden_size // 128, rows // 2 // 128))]
-    return [] if format == ExpertFormat.BF16 else [((experts, rows), (experts, hidden_size)), ((experts,), (experts,))]
+    if format in (ExpertFormat.BF16, ExpertFormat.NVFP4):
+        return [((experts,), (experts,))] if format == ExpertFormat.NVFP4 else []
+    return [((experts, rows), (experts, hidden_size)), ((experts,), (experts,))]
 
 
 def _check_scales(
     w13: torch.Tensor, w13_scale: torch.Tensor | None, w2: torch.Tensor, w2_scale: torch.Tensor | None,
-    format: ExpertFormat,
+    w13_shape: Sequence[int], format: ExpertFormat,
 ) -> None:  # fmt: skip
     for name, weight in (("w13", w13), ("w2", w2)):
         if weight.dtype != format.weight_dtype:
             raise ValueError(f"{name}: takes {format.weight_dtype} with {format.name}, got {weight.dtype}")
     if w13_scale is None or w2_scale is None:
         if format != ExpertFormat.BF16 or w13_scale is not w2_scale:
-            raise ValueError(f"w13_scale, w2_scale: {format.name} takes {scale_shapes(w13.shape, format)}, got None")
+            raise ValueError(f"w13_scale, w2_scale: {format.name} takes {scale_shapes(w13_shape, format)}, got None")
         return
-    if (got := (tuple(w13_scale.shape), tuple(w2_scale.shape))) not in scale_shapes(w13.shape, format):
-        raise ValueError(f"w13_scale, w2_scale: {format.name} takes {scale_shapes(w13.shape, format)}, got {got}")
+    if (got := (tuple(w13_scale.shape), tuple(w2_scale.shape))) not in scale_shapes(w13_shape, format):
+        raise ValueError(f"w13_scale, w2_scale: {format.name} takes {scale_shapes(w13_shape, format)}, got {got}")
 
 
 def _check_given(
@@ -233,9 +254,9 @@ def _reference(
     ids = _experts_here(topk_ids, w13.shape[0], expert_map)
     routed = [(expert, (ids == expert).nonzero(as_tuple=True)) for expert in ids[ids >= 0].unique().tolist()]
     values = _quantised(x, scheme, x_scale)
-    hidden = x.new_zeros(*ids.shape, w2.shape[2])
+    hidden = x.new_zeros(*ids.shape, unpacked_shape(w2)[2] if scheme == ExpertFormat.NVFP4 else w2.shape[2])
     for expert, (tokens, slots) in routed:
-        product = values[tokens] @ _weight(w13, w13_scale, expert, scheme).t()
+        product = values[tokens] @ _weight(w13, w13_scale, expert, scheme, unpack_w13).t()
         if w13_bias is not None:
             product += w13_bias[expert].float()
         product = product.bfloat16().float()
@@ -245,7 +266,7 @@ def _reference(
     values = _quantised(hidden.flatten(0, 1), scheme, hidden_scale).view(hidden.shape)
     total = torch.zeros(x.shape)
     for expert, (tokens, slots) in routed:
-        product = values[tokens, slots] @ _weight(w2, w2_scale, expert, scheme).t()
+        product = values[tokens, slots] @ _weight(w2, w2_scale, expert, scheme, unpack_w2).t()
         if w2_bias is not None:
             product += w2_bias[expert].float()
         weight = 1.0 if topk_weights is None else topk_weights[tokens, slots].unsqueeze(-1)
@@ -262,7 +283,7 @@ def _experts_here(topk_ids: torch.Tensor, num_experts: int, expert_map: torch.Te
 
 def _quantised(x: torch.Tensor, format: ExpertFormat, scale: torch.Tensor | None) -> torch.Tensor:
     """The values that rows of bf16 stand for after quantisation, in fp32."""
-    if format == ExpertFormat.BF16:
+    if not format.quantises:
         return x.float()
     if format.has_blocks:
         q, group_scale = per_token_group_quant(x, 128, ue8m0=format == ExpertFormat.FP8_BLOCK_POW2)
@@ -280,11 +301,17 @@ def _quantised(x: torch.Tensor, format: ExpertFormat, scale: torch.Tensor | None
     return per_tensor_quant(x, scale).float() * scale
 
 
-def _weight(w: torch.Tensor, scale: torch.Tensor | None, expert: int, format: ExpertFormat) -> torch.Tensor:
-    """One expert's weights in fp32, times their scales."""
+def _weight(
+    w: torch.Tensor, scale: torch.Tensor | None, expert: int, format: ExpertFormat,
+    unpack: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
+) -> torch.Tensor:  # fmt: skip
+    """One expert's weights in fp32, times their scales. unpack: those of NVFP4."""
     if scale is None:
         return w[expert].float()
     own = scale[expert]
+    if format == ExpertFormat.NVFP4:
+        (q,), (group_scale,) = unpack(w[expert : expert + 1])
+        return e2m1_to_float(q) * group_scale.float().repeat_interleave(GROUP_SIZE, 1) * own
     if format.has_blocks:
         own = own.repeat_interleave(128, 0).repeat_interleave(128, 1)
     elif own.dim() == 1:

@@ -74,9 +74,10 @@ cudaError_t launch_both(const FewTokensMoeParams& p, const Device& device, cudaS
   using Down = DownLayout<kScales, kOneTeam>;
   const int tiles = p.num_tokens * p.top_k * (p.intermediate_size / (kRows / 2));  // at most
   const bool plain = p.activation == Activation::kSilu && p.w13_bias == nullptr && !p.interleaved;
+  constexpr bool kGeneral = !Format<kScales>::kNvFp4;
   const bool whole_rows = GateUp(p, 1).rows.chunks == 1;
   const cudaError_t error = launch<GateUp>(
-      plain ? gate_up_kernel<kScales, kSets, false> : gate_up_kernel<kScales, kSets, true>, p,
+      plain ? gate_up_kernel<kScales, kSets, false> : gate_up_kernel<kScales, kSets, kGeneral>, p,
       std::clamp(tiles, 1, device.sms), kGateUpThreads + 32, p.pdl,
       choose_stages<GateUp>(p, device.shared_per_block, whole_rows), device, stream);
   if (error != cudaSuccess) return error;
@@ -114,8 +115,10 @@ cudaError_t choose_form(const FewTokensMoeParams& p, cudaStream_t stream) {
   Device device = {};
   const cudaError_t error = this_device(device);
   if (error != cudaSuccess) return error;
-  return one_team(p, device) ? launch_all<kScales, true>(p, device, stream)
-                             : launch_all<kScales, false>(p, device, stream);
+  if constexpr (!Format<kScales>::kNvFp4) {  // which was run with two teams alone
+    if (one_team(p, device)) return launch_all<kScales, true>(p, device, stream);
+  }
+  return launch_all<kScales, false>(p, device, stream);
 }
 
 }  // namespace
@@ -128,6 +131,7 @@ cudaError_t few_tokens_moe(const FewTokensMoeParams& params, cudaStream_t stream
     case ExpertFormat::kFp8Token: return choose_form<Scales::kTokens>(params, stream);
     case ExpertFormat::kFp8Tensor: return choose_form<Scales::kTensors>(params, stream);
     case ExpertFormat::kInt8Token: return choose_form<Scales::kInt8Tokens>(params, stream);
+    case ExpertFormat::kNvFp4: return choose_form<Scales::kNvFp4>(params, stream);
   }
   return cudaErrorInvalidValue;
 }

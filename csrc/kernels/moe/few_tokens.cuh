@@ -24,8 +24,12 @@ using Fp8 = __nv_fp8_e4m3;
 using Bf16 = __nv_bfloat16;
 
 // What the scales of e4m3 weights and activations are for; kNone: both are bf16; kInt8Tokens: both are int8. A tensor
-// of weights is one expert's, and has rows of equal scales.
-enum class Scales { kNone, kBlocks, kPow2Blocks, kTokens, kTensors, kInt8Tokens };
+// of weights is one expert's, and has rows of equal scales. kNvFp4: of e2m1 weights, the activations are bf16.
+enum class Scales { kNone, kBlocks, kPow2Blocks, kTokens, kTensors, kInt8Tokens, kNvFp4 };
+
+struct E2m1Pair {
+  uint8_t bits;
+};
 
 template <Scales kScales>
 struct Format {
@@ -33,9 +37,15 @@ struct Format {
   static constexpr bool kInt8 = kScales == Scales::kInt8Tokens;
   static constexpr bool kTokens = kScales == Scales::kTokens || kInt8;
   static constexpr bool kRowScales = kTokens || kScales == Scales::kTensors;  // one scale along all of a product
-  static constexpr bool kQuantised = kScales != Scales::kNone;
-  using Value = std::conditional_t<kInt8, int8_t, std::conditional_t<kQuantised, Fp8, Bf16>>;
-  static constexpr int kBlock = kBlockBytes / sizeof(Value);  // columns
+  static constexpr bool kNvFp4 = kScales == Scales::kNvFp4;
+  static constexpr bool kQuantised = kScales != Scales::kNone && !kNvFp4;  // the activations
+  using Value = std::conditional_t<
+      kNvFp4, E2m1Pair, std::conditional_t<kInt8, int8_t, std::conditional_t<kQuantised, Fp8, Bf16>>>;
+  static constexpr int kBlock = kNvFp4 ? 128 : kBlockBytes / sizeof(Value);          // columns
+  static constexpr int kXBytes = kQuantised ? kBlock : 2 * kBlock;                   // of a block of activations
+  static constexpr int kXLoads = kXBytes / 64;                                       // of a lane, of such a block
+  static constexpr int kTileBytes = kNvFp4 ? kNvFp4TileBytes : kRows * kBlockBytes;  // of a block of weights
+  static constexpr int kGateUpBlocks = kNvFp4 ? 32 : 16;                             // of a row, that come at once
 };
 
 __host__ __device__ constexpr int round_up(int value, int multiple) {
@@ -43,7 +53,7 @@ __host__ __device__ constexpr int round_up(int value, int multiple) {
 }
 
 // How rows of weights are cut: into chunks of kChunkBlocks blocks, and the rest.
-template <int kChunkBlocks>
+template <int kChunkBlocks, int kTileBytes>
 struct RowChunks {
   int blocks;  // of a row
   int chunks;
@@ -54,7 +64,7 @@ struct RowChunks {
   __host__ __device__ int blocks_of(int chunk) const {
     return blocks - chunk * kChunkBlocks < kChunkBlocks ? blocks - chunk * kChunkBlocks : kChunkBlocks;
   }
-  __host__ __device__ int stage_bytes() const { return kRows * kBlockBytes * largest(); }
+  __host__ __device__ int stage_bytes() const { return kTileBytes * largest(); }
 };
 
 // What a thread asks for, buffer by buffer of a ring: no more than `ahead` are on their way.
@@ -68,11 +78,7 @@ struct WeightStream {
   __device__ WeightStream(const Ring& ring, int ahead) : ring(ring), ahead(ahead) {}
   // Of 16 rows of `pitch` bytes, `bytes` from `column` on. `upper` and `lower`: the first of eight rows each.
   __device__ __forceinline__ void fetch(const uint8_t* upper, const uint8_t* lower, int column, int bytes, int pitch) {
-    if (fetched++ >= ahead && ring.stages >= ahead) {
-      barrier_wait(arrived.full(arrived.slot), arrived.parity);
-      arrived.advance();
-    }
-    ring.wait_empty();
+    wait();
     const uint32_t barrier = ring.full(ring.slot), to = ring.data + ring.slot * ring.stage_bytes;
     barrier_expect(barrier, kRows * bytes);
     if (bytes == pitch) {
@@ -86,6 +92,21 @@ struct WeightStream {
       }
     }
     ring.advance();
+  }
+  // Contiguous bytes.
+  __device__ __forceinline__ void fetch(const uint8_t* tile, int bytes) {
+    wait();
+    barrier_expect(ring.full(ring.slot), bytes);
+    bulk_copy(ring.data + ring.slot * ring.stage_bytes, tile, bytes, ring.full(ring.slot), policy);
+    ring.advance();
+  }
+  // Until the current buffer may be asked for.
+  __device__ __forceinline__ void wait() {
+    if (fetched++ >= ahead && ring.stages >= ahead) {
+      barrier_wait(arrived.full(arrived.slot), arrived.parity);
+      arrived.advance();
+    }
+    ring.wait_empty();
   }
 };
 
@@ -223,6 +244,7 @@ __device__ __forceinline__ void mma(Sum<Value> (&c)[4], uint32_t a0, uint32_t a1
 // One lane's part of 16 rows by a block of weights.
 template <typename Value>
 struct WeightBlock {
+  static constexpr int kStep = kBlockBytes;  // from a block in a buffer to the next
   uint4 upper[2], lower[2];
 
   // Of a block in a buffer of the ring with rows of `pitch` bytes: where the calling lane's part is.

@@ -11,6 +11,7 @@ namespace vllm_b200 {
 constexpr int kMaxAssignments = 512;  // num_tokens * top_k
 constexpr int kMaxExperts = 1024;     // on this GPU
 constexpr int kMaxHiddenSize = 8192;
+constexpr int kNvFp4TileBytes = 1152;  // of 16 rows by 128 columns, see few_tokens_nvfp4.cuh
 
 // What the weights are and how the activations are quantised for their products.
 enum class ExpertFormat {
@@ -20,16 +21,19 @@ enum class ExpertFormat {
   kFp8Token,      // e4m3 with a scale for each row or expert; activations by token
   kFp8Tensor,     // the same; one scale for all activations: the given one, or that of the largest of them
   kInt8Token,     // as kFp8Token in int8
+  kNvFp4,         // NVFP4 in tiles of few_tokens_nvfp4.cuh and a global scale for each expert; activations as they are
 };
 
 struct FewTokensMoeParams {
   const void* x;             // bf16 [num_tokens, hidden_size], rows at multiples of 16 bytes
   const void* w13;           // [num_experts, 2 * intermediate_size, hidden_size], the gate's rows first
+                             // kNvFp4: [num_experts, intermediate_size / 8, hidden_size / 128, kNvFp4TileBytes]
   const float* w13_scale;    // blocks: [num_experts, 2 * intermediate_size / 128, hidden_size / 128]
-                             // rows: [num_experts, 2 * intermediate_size], experts: [num_experts]
+                             // rows: [num_experts, 2 * intermediate_size], experts and kNvFp4: [num_experts]
   const void* w2;            // [num_experts, hidden_size, intermediate_size]
+                             // kNvFp4: [num_experts, hidden_size / 16, intermediate_size / 128, kNvFp4TileBytes]
   const float* w2_scale;     // blocks: [num_experts, hidden_size / 128, intermediate_size / 128]
-                             // rows: [num_experts, hidden_size], experts: [num_experts]
+                             // rows: [num_experts, hidden_size], experts and kNvFp4: [num_experts]
   const void* w13_bias;      // bf16 [num_experts, 2 * intermediate_size], rows as those of w13; null: none
   const void* w2_bias;       // bf16 [num_experts, hidden_size]; null: none
   const float* x_scale;      // kFp8Tensor: of x; null: that of the largest
@@ -41,10 +45,11 @@ struct FewTokensMoeParams {
   void* maxima;              // scales of tokens or tensors: bf16 [num_tokens, top_k, intermediate_size / 8], likewise
   void* out;                 // bf16 [num_tokens, hidden_size]
   int32_t num_tokens, top_k, num_experts, num_global_experts;
-  int32_t hidden_size, intermediate_size;  // multiples of 128 bytes of weights
+  int32_t hidden_size, intermediate_size;  // multiples of 128, with kBf16 of 64
   int64_t x_stride, out_stride;            // elements
   bool ids_are_int64;
-  bool up_first;  // w13's rows begin with those of the factor that has no activation function
+  bool up_first;  // w13's rows begin with those of the factor that has no activation function; not with kNvFp4,
+                  // which takes no biases and kSilu, either
   bool row_scales;  // scales of tokens or tensors: those of w13 and w2 are for each row, not for each expert
   ExpertFormat format;
   Activation activation;  // not kNone; of the two halves of the first product, each rounded to bf16

@@ -1,6 +1,6 @@
 #pragma once
 
-#include "few_tokens.cuh"
+#include "few_tokens_nvfp4.cuh"
 
 namespace vllm_b200 {
 
@@ -12,15 +12,15 @@ constexpr int kDownRegisters = 96;
 template <Scales kScales, bool kOneTeam>
 struct DownForm {
   static constexpr int kTeamsOfBlock = kOneTeam ? 1 : kTeams;
-  static constexpr int kWarpBlocks = kOneTeam || !Format<kScales>::kQuantised ? 2 : 1;
+  static constexpr int kWarpBlocks = kOneTeam || kScales == Scales::kNone ? 2 : 1;
 };
 
 template <Scales kScales, bool kOneTeam>
-struct DownRows : RowChunks<8 * DownForm<kScales, kOneTeam>::kWarpBlocks> {
+struct DownRows : RowChunks<8 * DownForm<kScales, kOneTeam>::kWarpBlocks, Format<kScales>::kTileBytes> {
   static constexpr int kWarpBlocks = DownForm<kScales, kOneTeam>::kWarpBlocks;
 
   __host__ __device__ explicit DownRows(int columns)
-      : RowChunks<8 * kWarpBlocks>(columns / Format<kScales>::kBlock) {}
+      : RowChunks<8 * kWarpBlocks, Format<kScales>::kTileBytes>(columns / Format<kScales>::kBlock) {}
   __host__ __device__ int team_warps() const { return (this->largest() + kWarpBlocks - 1) / kWarpBlocks; }
 };
 
@@ -110,6 +110,13 @@ __global__ void __maxnreg__(kDownRegisters) down_kernel(const __grid_constant__ 
     for (int chunk = 0; chunk < rows.chunks; ++chunk) {
 #pragma unroll 1
       for (int i = begin; i < end; ++i) {
+        if constexpr (F::kNvFp4) {
+          const int64_t tile = int64_t{assignments[i].expert} * gridDim.x + blockIdx.x;
+          weights.fetch(static_cast<const uint8_t*>(p.w2) + tile * rows.blocks * F::kTileBytes +
+                            chunk * rows.stage_bytes(),
+                        rows.blocks_of(chunk) * F::kTileBytes);
+          continue;
+        }
         const uint8_t* const first =
             static_cast<const uint8_t*>(p.w2) + (int64_t{assignments[i].expert} * p.hidden_size + row) * pitch;
         weights.fetch(first, first + int64_t{kRows / 2} * pitch, chunk * rows.largest() * kBlockBytes,
@@ -122,7 +129,7 @@ __global__ void __maxnreg__(kDownRegisters) down_kernel(const __grid_constant__ 
   const int places = end > begin ? assignments[end - 1].end() : 0;
   const bool given = !F::kTokens && p.hidden_scale != nullptr;  // the scale of hidden activations
   float sum[kSets][4] = {};
-  if (p.w2_bias != nullptr) {
+  if (!F::kNvFp4 && p.w2_bias != nullptr) {
     // An expert's is always the same warp's, so that here, too, a row's sum runs in one order.
 #pragma unroll 1
     for (int at = begin; at < end; ++at) {
@@ -269,12 +276,14 @@ __global__ void __maxnreg__(kDownRegisters) down_kernel(const __grid_constant__ 
 #pragma unroll 1
     for (int chunk = 0; chunk < rows.chunks; ++chunk) {
       const int blocks = rows.blocks_of(chunk), pitch = blocks * kBlockBytes;
-      const uint32_t own_weights = member * kBlockBytes + WeightBlock<Value>::lane_offset(pitch);
+      const uint32_t own_weights = member * WeightBlock<Value>::kStep + WeightBlock<Value>::lane_offset(pitch);
       const uint4* const source = reinterpret_cast<const uint4*>(
           static_cast<const Bf16*>(p.hidden) + (chunk * rows.largest() + member) * F::kBlock) + quad;
       // The activations of an entry, which go from memory to where the product takes them.
-      uint4 x[kSets][kWarpBlocks][2] = {};
+      uint4 x[kSets][kWarpBlocks][F::kXLoads] = {};
+      float factor = 1.0f;
       auto load_x = [&](const Entry& entry) {
+        if constexpr (F::kNvFp4) factor = nvfp4_factor(p.w2_scale, entry.expert);
 #pragma unroll
         for (int set = 0; set < kSets; ++set) {
           if (kSets > 1 && (entry.tokens >> 8 * set & 0xff) == 0) continue;
@@ -284,8 +293,8 @@ __global__ void __maxnreg__(kDownRegisters) down_kernel(const __grid_constant__ 
 #pragma unroll
           for (int i = 0; i < kWarpBlocks; ++i) {
             if (i * team_warps + member >= blocks) continue;
-            x[set][i][0] = own[i * team_warps * (kBlockBytes / 16)];
-            x[set][i][1] = own[i * team_warps * (kBlockBytes / 16) + kBlockBytes / 32];
+#pragma unroll
+            for (int j = 0; j < F::kXLoads; ++j) x[set][i][j] = own[i * team_warps * (F::kXBytes / 16) + 4 * j];
           }
         }
       };
@@ -293,13 +302,14 @@ __global__ void __maxnreg__(kDownRegisters) down_kernel(const __grid_constant__ 
 #pragma unroll 1
       for (int at = begin; at < end; ++at) {
         const Entry entry = assignments[at];
+        const float own_factor = factor;
         const uint32_t buffer = ring.wait();
         float product[kSets][4] = {}, other[kSets][4] = {};
 #pragma unroll
         for (int i = 0; i < kWarpBlocks; ++i) {
           if (i * team_warps + member >= blocks) continue;
           WeightBlock<Value> w;
-          w.load(buffer + own_weights + i * team_warps * kBlockBytes, pitch);
+          w.load(buffer + own_weights + i * team_warps * WeightBlock<Value>::kStep, pitch);
 #pragma unroll
           for (int set = 0; set < kSets; ++set) {
             if (kSets > 1 && (entry.tokens >> 8 * set & 0xff) == 0) continue;
@@ -315,7 +325,7 @@ __global__ void __maxnreg__(kDownRegisters) down_kernel(const __grid_constant__ 
           for (int i = 0; i < 2; ++i) {
             const int token = 8 * set + 2 * quad + i;
             if (!entry.has(token)) continue;
-            const float weight = assignments.weight(entry.place(token));
+            const float weight = assignments.weight(entry.place(token)) * own_factor;
             sum[set][i] += (product[set][i] + other[set][i]) * weight;
             sum[set][i + 2] += (product[set][i + 2] + other[set][i + 2]) * weight;
           }

@@ -1,7 +1,7 @@
 #pragma once
 
 #include "../quant/row_source.cuh"
-#include "few_tokens.cuh"
+#include "few_tokens_nvfp4.cuh"
 
 namespace vllm_b200 {
 
@@ -9,7 +9,9 @@ constexpr int kGateUpWarps = 8;  // besides the one that fetches
 constexpr int kGateUpThreads = 32 * kGateUpWarps;
 constexpr int kGateUpRegisters = 128;  // no format needs more
 constexpr int kTeamWarps = kGateUpWarps / kTeams, kTeamThreads = 32 * kTeamWarps;
-using GateUpRows = RowChunks<16>;
+
+template <Scales kScales>
+using GateUpRows = RowChunks<Format<kScales>::kGateUpBlocks, Format<kScales>::kTileBytes>;
 
 __device__ __forceinline__ float silu(float x) { return __fdividef(x, 1.0f + __expf(-x)); }
 __device__ __forceinline__ float rounded(float x) { return __bfloat162float(__float2bfloat16_rn(x)); }
@@ -28,7 +30,7 @@ __device__ __forceinline__ float activate(const FewTokensMoeParams& p, float gat
 template <Scales kScales>
 struct GateUpLayout {
   using F = Format<kScales>;
-  GateUpRows rows;
+  GateUpRows<kScales> rows;
   int assignments, scales, maxima, partials, activations, ring, end;
 
   __host__ __device__ GateUpLayout(const FewTokensMoeParams& p, int stages) : rows(p.hidden_size / F::kBlock) {
@@ -37,7 +39,7 @@ struct GateUpLayout {
     maxima = scales + 4 * (F::kBlocks ? rows.blocks : 1) * p.num_tokens;
     partials = round_up(maxima + (F::kRowScales ? 4 * p.num_tokens * p.top_k : 0), 16);
     activations = partials + 2 * kGateUpThreads * 16 * (p.num_tokens > kTileTokens ? 2 : 1);
-    ring = round_up(activations + p.num_tokens * rows.blocks * kBlockBytes, 128);
+    ring = round_up(activations + p.num_tokens * rows.blocks * F::kXBytes, 128);
     end = ring + stages * rows.stage_bytes();
   }
 };
@@ -58,7 +60,7 @@ struct Cursor {
 template <Scales kScales>
 struct TileScales {
   struct Value {};
-  __device__ TileScales(const FewTokensMoeParams&, const GateUpRows&, int) {}
+  __device__ TileScales(const FewTokensMoeParams&, const GateUpRows<kScales>&, int) {}
   __device__ __forceinline__ Value load(const FewTokensMoeParams&, int, int) const { return {}; }
 };
 
@@ -71,7 +73,8 @@ struct TileScales<kScales> {
   bool has;
   const float* source;
 
-  __device__ TileScales(const FewTokensMoeParams& p, const GateUpRows& rows, int member) : blocks(rows.blocks) {
+  __device__ TileScales(const FewTokensMoeParams& p, const GateUpRows<kScales>& rows, int member)
+      : blocks(rows.blocks) {
     const int lane = threadIdx.x % 32, block = member + lane / 2 * kTeamWarps;
     scale_rows = p.intermediate_size / kBlockBytes;
     has = block < rows.blocks;
@@ -90,7 +93,7 @@ template <Scales kScales>
 struct TileScales<kScales> {
   using Value = float2;
 
-  __device__ TileScales(const FewTokensMoeParams&, const GateUpRows&, int) {}
+  __device__ TileScales(const FewTokensMoeParams&, const GateUpRows<kScales>&, int) {}
   __device__ __forceinline__ float2 load(const FewTokensMoeParams& p, int expert, int column_tile) const {
     if (!p.row_scales) {
       const float scale = __ldg(p.w13_scale + expert);
@@ -100,6 +103,17 @@ struct TileScales<kScales> {
                                column_tile * (kRows / 2) + threadIdx.x % 32 / 4;
     const float lower = __ldg(first), upper = __ldg(first + p.intermediate_size);
     return p.up_first ? make_float2(upper, lower) : make_float2(lower, upper);
+  }
+};
+
+// Of both rows.
+template <>
+struct TileScales<Scales::kNvFp4> {
+  using Value = float;
+
+  __device__ TileScales(const FewTokensMoeParams&, const GateUpRows<Scales::kNvFp4>&, int) {}
+  __device__ __forceinline__ float load(const FewTokensMoeParams& p, int expert, int) const {
+    return nvfp4_factor(p.w13_scale, expert);
   }
 };
 
@@ -118,11 +132,11 @@ template <Scales kScales, int kSets, bool kGeneral>
 __global__ void __maxnreg__(kGateUpRegisters) gate_up_kernel(const __grid_constant__ FewTokensMoeParams p, int stages) {
   using F = Format<kScales>;
   using Value = typename F::Value;
-  constexpr int kBatch = (F::kQuantised ? 2 : 4) * kSets;  // blocks of x that a lane loads at once
+  constexpr int kBatch = F::kNvFp4 ? 2 : (F::kQuantised ? 2 : 4) * kSets;  // blocks of x that a lane loads at once
   extern __shared__ __align__(128) uint8_t shared[];
   const int lane = threadIdx.x % 32, warp = warp_index(), group = lane / 4, quad = lane % 4;
   const GateUpLayout<kScales> layout(p, stages);
-  const GateUpRows rows = layout.rows;
+  const GateUpRows<kScales> rows = layout.rows;
   Ring ring = {shared_address(shared + layout.ring), shared_address(shared), stages, rows.stage_bytes()};
   Assignments assignments(shared + layout.assignments, p);
   float* const scales = reinterpret_cast<float*>(shared + layout.scales);
@@ -175,6 +189,15 @@ __global__ void __maxnreg__(kGateUpRegisters) gate_up_kernel(const __grid_consta
     const int tile_rows = interleaved ? kRows : kRows / 2, row_pitch = interleaved ? 2 * pitch : pitch;
 #pragma unroll 1
     for (Cursor at(begin, expert_tiles); at.tile < end; at.advance(expert_tiles)) {
+      if constexpr (F::kNvFp4) {
+        const int64_t tile = int64_t{assignments[at.entry].expert} * expert_tiles + at.column_tile;
+        const uint8_t* const first = static_cast<const uint8_t*>(p.w13) + tile * rows.blocks * F::kTileBytes;
+#pragma unroll 1
+        for (int chunk = 0; chunk < rows.chunks; ++chunk) {
+          weights.fetch(first + chunk * rows.stage_bytes(), rows.blocks_of(chunk) * F::kTileBytes);
+        }
+        continue;
+      }
       const uint8_t* const first = static_cast<const uint8_t*>(p.w13) + 2 * assignments[at.entry].expert * half +
                                    int64_t{at.column_tile} * tile_rows * pitch;
 #pragma unroll 1
@@ -229,7 +252,7 @@ __global__ void __maxnreg__(kGateUpRegisters) gate_up_kernel(const __grid_consta
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
       const int p_i = pair + 8 * kGateUpWarps * i, token = p_i % p.num_tokens;
-      uint8_t* const destination = shared + layout.activations + p_i * kBlockBytes;
+      uint8_t* const destination = shared + layout.activations + p_i * F::kXBytes;
       if constexpr (F::kBlocks) {
         const float s = x[i].quantize(destination, token, p_i < pairs);
         if (quad == 0 && p_i < pairs) scales[p_i] = s;
@@ -253,7 +276,7 @@ __global__ void __maxnreg__(kGateUpRegisters) gate_up_kernel(const __grid_consta
 #pragma unroll
   for (int set = 0; set < kSets; ++set) {
     const int token = min(8 * set + group, last);
-    column_of[set] = shared_address(shared + layout.activations) + (member * p.num_tokens + token) * kBlockBytes +
+    column_of[set] = shared_address(shared + layout.activations) + (member * p.num_tokens + token) * F::kXBytes +
                      shared_half(token, 0) + quad * 16;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -292,7 +315,7 @@ __global__ void __maxnreg__(kGateUpRegisters) gate_up_kernel(const __grid_consta
 #pragma unroll kSets == 1 ? 2 : 1
       for (int block = member; block < blocks; block += kTeamWarps, ++mine) {
         WeightBlock<Value> w;
-        w.load(weights + block * kBlockBytes + WeightBlock<Value>::lane_offset(pitch), pitch);
+        w.load(weights + block * WeightBlock<Value>::kStep + WeightBlock<Value>::lane_offset(pitch), pitch);
         const int offset = mine * kTeamWarps * p.num_tokens;
         float gate_scale, up_scale;
         if constexpr (F::kBlocks) {
@@ -301,8 +324,13 @@ __global__ void __maxnreg__(kGateUpRegisters) gate_up_kernel(const __grid_consta
         }
 #pragma unroll
         for (int set = 0; set < kSets; ++set) {
-          const uint32_t address = column_of[set] + offset * kBlockBytes;
-          const uint4 column[2] = {load_shared(address), load_shared(address + other_half(set))};
+          const uint32_t address = column_of[set] + offset * F::kXBytes;
+          uint4 column[F::kXLoads];
+#pragma unroll
+          for (int i = 0; i < F::kXLoads; i += 2) {
+            column[i] = load_shared(address + i * (kBlockBytes / 2));
+            column[i + 1] = load_shared(address + i * (kBlockBytes / 2) + other_half(set));
+          }
           if constexpr (F::kBlocks) {
             const float x0 = column_scales[set][0][offset], x1 = column_scales[set][1][offset];
             float product[4];
@@ -333,7 +361,9 @@ __global__ void __maxnreg__(kGateUpRegisters) gate_up_kernel(const __grid_consta
     // The members take turns to add up; the others go on with the next tile.
     if (member == turn % kTeamWarps) {
       const Entry entry = assignments[current.entry];
-      Bf16* const hidden = static_cast<Bf16*>(p.hidden) + current.column_tile * (kRows / 2) + group;
+      const int hidden_column =
+          F::kNvFp4 ? nvfp4_hidden_column(current.column_tile, group) : current.column_tile * (kRows / 2) + group;
+      Bf16* const hidden = static_cast<Bf16*>(p.hidden) + hidden_column;
 #pragma unroll
       for (int set = 0; set < kSets; ++set) {
         if (kSets > 1 && (entry.tokens >> 8 * set & 0xff) == 0) continue;
@@ -351,6 +381,8 @@ __global__ void __maxnreg__(kGateUpRegisters) gate_up_kernel(const __grid_consta
           if constexpr (F::kRowScales) {
             gate = gate * row_scales[set][i] * scale.x;
             up = up * row_scales[set][i] * scale.y;
+          } else if constexpr (F::kNvFp4) {
+            gate *= scale, up *= scale;
           }
           const int place = entry.place(token);
           float product;
