@@ -158,6 +158,10 @@ k = kernel(half, scales=(s13[:4], s2[:4]))
 expert_map = torch.tensor([0, 1, 2, 3, -1, -1, -1, -1], dtype=torch.int32)
 out, expected = run(3, slice(0, 4), expert_map, k=k)
 same["expert parallel"] = bool(torch.equal(out, expected)) and type(k.fused_experts).__name__.startswith("B200")
+k.fused_experts.post_gemm2_hook = print
+same["a hook in place of the sum"] = k.fused_experts._theirs.post_gemm2_hook is print
+k.fused_experts._theirs.apply = apply
+run(3, slice(0, 4), expert_map, k=k)
 print(json.dumps([same, small, seen]))
 """
 
@@ -206,4 +210,4 @@ def test_few_tokens_are_ours_and_many_are_theirs():
     same, small, seen = child((9, 0), CALLS)
     assert all(same.values()), same
     assert small == 0
-    assert seen == [{"dtype": "torch.float8_e4m3fn", "scale": 2}]
+    assert seen == [{"dtype": "torch.float8_e4m3fn", "scale": 2}] * 2, "many tokens, and those of a layer with a hook"

@@ -89,6 +89,15 @@ class B200FewTokensExperts:
         """Ours quantises in the kernel; for theirs, apply() does what vLLM's prepare step would have done."""
         return True
 
+    @property
+    def post_gemm2_hook(self) -> Any:
+        """What a model puts in place of the sum over experts, in vLLM 0.33: theirs runs it, and all calls then."""
+        return getattr(self._theirs, "post_gemm2_hook", None)
+
+    @post_gemm2_hook.setter
+    def post_gemm2_hook(self, hook: Any) -> None:
+        self._theirs.post_gemm2_hook = hook
+
     def workspace_shapes(self, *args: Any, **kwargs: Any) -> Any:
         return self._theirs.workspace_shapes(*args, **kwargs)
 
@@ -112,7 +121,8 @@ class B200FewTokensExperts:
     ) -> Any:
         """Write the layer's result, [num_tokens, hidden_size], to `output`."""
         num_tokens, topk = topk_ids.shape
-        operands = self._operands(w1, w2) if num_tokens <= self._limit else None
+        ours = num_tokens <= self._limit and self.post_gemm2_hook is None
+        operands = self._operands(w1, w2) if ours else None
         if operands is not None and _takes(
             hidden_states, topk_weights, topk_ids, expert_map, operands[0].shape[0], global_num_experts
         ):
