@@ -24,7 +24,7 @@ from torch._inductor import pattern_matcher
 
 import vllm_b200_plugin.integration.fused_linear_ops  # noqa: F401 - defines the ops
 from vllm_b200_plugin import vllm_compat
-from vllm_b200_plugin.features import FeatureUnavailable
+from vllm_b200_plugin.features import NotForThisPlatform
 from vllm_b200_plugin.integration import few_token_graphs, fusion_pass, op_override, packed_quant_fusion
 from vllm_b200_plugin.integration.fp8_block_op import Engine, machine
 from vllm_b200_plugin.integration.packed_quant_fusion import BLOCK, NORM_EPS
@@ -257,7 +257,7 @@ def apply() -> None:
     """Have vLLM run the pass behind its own, once. Raises FeatureUnavailable where that cannot be done."""
     op_override.require_cuda()
     if (capability := vllm_compat.capability()) != (9, 0):
-        raise FeatureUnavailable(
+        raise NotForThisPlatform(
             f"for compute capability 9.0, where scales and GEMM go by the number of tokens; this GPU has {capability}"
         )
     fusion_pass.add(_make)
