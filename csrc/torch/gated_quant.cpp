@@ -1,24 +1,11 @@
 #include "../kernels/quant/gated_quant.h"
 
+#include "activation.h"
 #include "checks.h"
 #include "memory_ops.h"
 
 namespace vllm_b200 {
 namespace {
-
-Activation activation_of(int64_t index) {
-  switch (index) {
-    case 0: return Activation::kSilu;
-    case 1: return Activation::kSiluClamped;
-    case 2: return Activation::kGelu;
-    case 3: return Activation::kGeluTanh;
-    default: STD_TORCH_CHECK(false, "activation: takes 0 to 3, got ", index);
-  }
-}
-
-ActivationParams activation_params(double limit, double alpha, double beta) {
-  return {static_cast<float>(limit), static_cast<float>(alpha), static_cast<float>(beta)};
-}
 
 // [batches, rows, hidden_size] of q, and x with rows twice as wide.
 GatedGroupQuantParams group_params(const Tensor& x, const Tensor& q, const Tensor& scale, int64_t group_size,

@@ -1,3 +1,4 @@
+#include "activation.h"
 #include "common.h"
 
 #include "../kernels/moe/few_tokens.h"
@@ -59,16 +60,6 @@ const void* check_bias(const std::optional<Tensor>& bias, const char* name, int6
                       bias->size(0) == num_experts && bias->size(1) == rows && bias->get_device_index() == device,
                   name, ": takes bfloat16 [", num_experts, ", ", rows, "], contiguous, on the device of x");
   return bias->data_ptr();
-}
-
-Activation activation_of(int64_t index) {
-  switch (index) {
-    case 0: return Activation::kSilu;
-    case 1: return Activation::kSiluClamped;
-    case 2: return Activation::kGelu;
-    case 3: return Activation::kGeluTanh;
-    default: STD_TORCH_CHECK(false, "activation: takes 0 to 3, got ", index);
-  }
 }
 
 const float* floats(const std::optional<Tensor>& tensor) {
@@ -179,7 +170,7 @@ void few_tokens_moe_op(const Tensor& x, const Tensor& w13, std::optional<Tensor>
   params.row_scales = row_scales;
   params.format = format;
   params.activation = activation_of(activation);
-  params.activation_params = {static_cast<float>(limit), static_cast<float>(alpha), static_cast<float>(beta)};
+  params.activation_params = activation_params(limit, alpha, beta);
   params.interleaved = interleaved;
   params.pdl = pdl;
 
